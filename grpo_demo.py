@@ -1,0 +1,456 @@
+"""GRPO on GSM8K in one script: willccbb's `grpo_demo.py` on today's TRL, from one 24 GB GPU down to a laptop.
+
+    pip install -r requirements.txt
+    python grpo_demo.py --config assets/tiny/config.yaml     # a laptop: 2 CPU cores, no network, no account, 2 minutes
+    python grpo_demo.py                                      # one CUDA GPU: Qwen2.5-1.5B-Instruct on GSM8K
+    python grpo_demo.py --use_peft                           # the same with the gist's LoRA adapter
+    python grpo_demo.py --dataset_name DIR --model_name_or_path DIR          # local train.jsonl and test.jsonl, model
+    python grpo_demo.py --eval_only --model_name_or_path DIR                 # measure a saved model
+    accelerate launch --num_processes 2 grpo_demo.py --gradient_accumulation_steps 32      # two GPUs, the same step
+
+Every constant below is also a flag and a YAML key (`--config FILE`), with its name in lower case; so is every field of
+TRL's GRPOConfig and ModelConfig. The file reads top to bottom in the order in which a run happens.
+
+The optimizer step is the gist's (TRL 0.14) to round-off: `tests/test_step.py` writes it out without TRL. What differs:
+
+ 1. One generate call of 64 rows a step instead of four of 16: the same completions in law, less waiting.
+ 2. The micro-batch counts completions (TRL 1.16), not prompts; any micro-batch x accumulation = 64 is the same step.
+ 3. Prompts over 256 tokens are reported and kept whole; the gist cut off their beginning. In GSM8K there are none.
+ 4. sdpa attention where flash-attn is not installed; the gist required it.
+ 5. One sample a step is printed by TRL's `log_completions`, with gold and extracted answer; the gist used print.
+ 6. Rows without a numeric `#### answer` are left out and counted; the gist trained on them with gold None.
+ 7. Weight decay spares Qwen2's norms (transformers 5); 1e-3 of the gradient in fp32, nothing in bf16.
+ 8. Metrics as TRL 1.16 defines them: `kl` is a mean over tokens (was: over sequences), `rewards/<name>/mean`.
+ 9. The final model is saved. Accuracy is measured before and after, and the gain is split into format and reasoning.
+"""
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin slow a 2-core machine down
+
+import pandas as pd
+import torch
+import wandb
+import yaml
+from accelerate.utils import gather_object
+from datasets import Dataset, load_dataset
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from rewards import REWARD_FUNCS, as_number, extract_hash_answer, figures, score, verdict
+
+# Model and data
+MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
+DTYPE = "bfloat16"  # weights and Adam state, as in the gist; updates below about 0.3% of a weight are rounded away
+ATTN_IMPLEMENTATION = None  # None: flash_attention_2 where flash-attn and CUDA are there, else sdpa
+DATASET_NAME = "openai/gsm8k"  # a hub id, or a folder with train.jsonl and test.jsonl (question, answer with ####)
+DATASET_CONFIG = "main"  # of the hub dataset
+ONE_SHOT = False  # True: put the gist's example pair between system prompt and question
+MAX_PROMPT_LENGTH = 256  # longer prompts are reported; GSM8K's longest has 247 Qwen tokens
+OUTPUT_DIR = "outputs/Qwen-1.5B-GRPO"  # checkpoints, completions, W&B files, final model (Llama-1B-GRPO for a Llama)
+RUN_NAME = "Qwen-1.5B-GRPO-gsm8k"  # in W&B
+
+# The 64 completions of a step
+NUM_GENERATIONS = 16  # G, completions a prompt: the group whose mean reward is the baseline
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions a backward pass. 24 GB: 4 x 3.1 GB (weights, reference, gradients, and
+GRADIENT_ACCUMULATION_STEPS = 64  # Adam twice: 15.4 GB in bf16) + 3.9 GB activations of 1,042 tokens = 19.3 GB; 2: 23.2
+GRADIENT_CHECKPOINTING = (
+    False  # as the gist; True computes the same with far smaller activations and one more forward pass
+)
+MAX_COMPLETION_LENGTH = 786  # tokens; a longer answer is cut and loses its closing tags
+TEMPERATURE = 1.0  # of the log-probabilities in the loss: TRL 0.14 scored unscaled logits...
+GENERATION_KWARGS = {"temperature": 0.9}  # ...and sampled at 0.9
+TOP_K = 50  # transformers' default at the time. Explicit, as Qwen's own generation config says 20
+TOP_P = 1.0  # Qwen's own: 0.8
+REPETITION_PENALTY = 1.0  # Qwen's own: 1.1
+
+# The loss
+BETA = 0.04  # weight of the KL to the untrained model (TRL's default is 0 now)
+LOSS_TYPE = "grpo"  # mean over each sequence's tokens, then over sequences (TRL's default is dapo now)
+SCALE_REWARDS = "group"  # advantage = (reward - group mean) / (group std + 1e-4)
+USE_BIAS_CORRECTION_KL = False  # plain k3 estimator (TRL's default is True now: another gradient)
+
+# The optimizer
+OPTIM = "adamw_torch"
+LEARNING_RATE = 5e-6
+ADAM_BETA1 = 0.9
+ADAM_BETA2 = 0.99
+WEIGHT_DECAY = 0.1
+WARMUP_STEPS = 0.1  # a share of all steps; the very first step has learning rate 0
+LR_SCHEDULER_TYPE = "cosine"
+MAX_GRAD_NORM = 0.1
+NUM_TRAIN_EPOCHS = 1  # 7,473 prompts, 4 a step: 1,868 steps
+BF16 = True  # autocast; with bf16 weights it changes little
+SEED = 42
+
+# LoRA, with --use_peft (the gist defines it and leaves it off)
+LORA_R = 16
+LORA_ALPHA = 64
+LORA_DROPOUT = 0.05
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+
+# Evaluation, on the test split: before (zero-shot and one-shot) and after training
+EVALUATE = True
+EVAL_SAMPLES = 0  # questions; 0: all of them (1,319 in GSM8K)
+PER_DEVICE_EVAL_BATCH_SIZE = 128  # questions a generate call
+
+# Logging and saving
+REPORT_TO = "wandb"  # "none" to switch off; without a W&B key the run is kept offline
+PROJECT = "grpo-demo"  # in W&B; the environment variable WANDB_PROJECT wins
+LOGGING_STEPS = 1
+LOG_ON_EACH_NODE = False
+LOG_COMPLETIONS = True  # the completions of a step: a W&B table, a parquet file...
+NUM_COMPLETIONS_TO_PRINT = 1  # ...and one of them in the terminal
+SAVE_STEPS = 100
+
+SYSTEM_PROMPT = """
+Respond in the following format:
+
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""
+XML_COT_FORMAT = """\
+<reasoning>
+{reasoning}
+</reasoning>
+<answer>
+{answer}
+</answer>
+"""
+ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
+ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # spelled as in the gist
+
+
+def say(message: str, error: bool = False, end: str = "\n") -> None:
+    """Print, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+class UserError(Exception):
+    """What a user can cause and mend: `main` prints it as one line and exits with status 2."""
+
+
+@dataclass
+class DemoConfig(GRPOConfig):
+    """TRL's GRPOConfig and this script's own flags. Their defaults are the constants above."""
+
+    dataset_name: str = field(default="", metadata={"help": "Hub id, or folder with train.jsonl and test.jsonl."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    one_shot: bool = field(default=False, metadata={"help": "Put the gist's example into the prompt."})
+    max_prompt_length: int = field(default=0, metadata={"help": "Report prompts with more tokens than this."})
+    evaluate: bool = field(default=True, metadata={"help": "Measure the test split before and after training."})
+    eval_samples: int = field(default=0, metadata={"help": "Test questions to evaluate on; 0: all."})
+    eval_only: bool = field(default=False, metadata={"help": "Evaluate the model and do not train."})
+
+    def __post_init__(self):
+        if not self.use_cpu:
+            check_gpu(self)
+        super().__post_init__()
+
+
+def check_gpu(args: DemoConfig) -> None:
+    """UserError where there is no GPU that can do what `args` asks for; TRL would say so less clearly."""
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA GPU here. On a laptop: python grpo_demo.py --config assets/tiny/config.yaml")
+    if (n := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
+        launch = f"accelerate launch --num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
+        raise UserError(f"{n} GPUs for one process. All: {launch}; one: CUDA_VISIBLE_DEVICES=0 python grpo_demo.py")
+    if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add --bf16 False --fp16 True --dtype float32")
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
+    """Settings of a run: the constants, overridden by `--config FILE`, overridden by flags.
+
+    UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
+    """
+
+    def error(message: str) -> None:  # argparse would print all 200 flags first
+        raise UserError(message)
+
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    parser = TrlParser([DemoConfig, ModelConfig], allow_abbrev=False, description=__doc__.replace("%", "%%"))
+    parser.error = error
+    parser.set_defaults_with_config(**{name.lower(): value for name, value in globals().items() if name.isupper()})
+    try:
+        args, model_args = parser.parse_args_and_config(argv)
+    except (ValueError, TypeError, IndexError, OSError, yaml.YAMLError) as problem:
+        raise UserError(f"settings: {problem}") from None
+    if "Llama" in model_args.model_name_or_path:  # as the gist
+        args.output_dir, args.run_name = (x.replace("Qwen-1.5B", "Llama-1B") for x in (args.output_dir, args.run_name))
+    return args, model_args
+
+
+def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]]:
+    """The conversation that asks `question`: system prompt, the gist's example pair if `one_shot`, the question."""
+    example = [
+        {"role": "user", "content": ONE_SHOT_QUESTION},
+        {"role": "assistant", "content": XML_COT_FORMAT.format(reasoning=ONE_SHOT_REASONING, answer="7")},
+    ]
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        *(example if one_shot else []),
+        {"role": "user", "content": question},
+    ]
+
+
+def read_row(row: str | dict) -> tuple[str, str]:
+    """Question and gold answer of a JSON line or a dataset row; ValueError says what is missing."""
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+    except ValueError:
+        raise ValueError("no JSON") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in ("question", "answer")):
+        raise ValueError("no text in 'question' and 'answer'")
+    gold = extract_hash_answer(row["answer"])
+    if gold is None or as_number(gold) is None:
+        raise ValueError("no number after '####'")
+    return row["question"], gold
+
+
+def get_gsm8k_questions(
+    split: str = "train",
+    dataset_name: str = DATASET_NAME,
+    dataset_config: str | None = DATASET_CONFIG,
+    one_shot: bool = ONE_SHOT,
+) -> Dataset:
+    """One row a question: `prompt` (messages), `question`, `answer` (the gold number as written, a string).
+
+    Unusable rows are left out, counted in one warning line. UserError where there is no such dataset, or no usable row.
+    """
+    try:
+        if os.path.isdir(dataset_name):
+            lines = Path(dataset_name, f"{split}.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
+            rows = [line for line in lines if line.strip()]
+        else:
+            rows = load_dataset(dataset_name, dataset_config, split=split)
+    except Exception as error:  # no network, no such name, no such file: the hub libraries raise many kinds
+        where = f"dataset {dataset_name!r} (a hub id, or a folder with {split}.jsonl)"
+        raise UserError(f"no split {split!r} in {where}: {error}") from None
+    used, bad = [], Counter()
+    for row in rows:
+        try:
+            question, gold = read_row(row)
+            used.append({"prompt": make_prompt(question, one_shot), "question": question, "answer": gold})
+        except ValueError as error:
+            bad[str(error)] += 1
+    why = "; ".join(f"{n} with {reason}" for reason, n in bad.items())
+    if not used:
+        raise UserError(f"no usable row in the {split} split of {dataset_name!r}: {why or 'it is empty'}")
+    if bad:
+        say(f"warning: {sum(bad.values())} of {len(rows)} {split} rows left out: {why}", error=True)
+    return Dataset.from_list(used)
+
+
+def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as an instance, as in the gist, and its tokenizer; UserError where there is no such model."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    flash = is_flash_attn_2_available() and args.device.type == "cuda"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa"),
+            quantization_config=get_quantization_config(model_args),
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load model {name!r} (a hub id, or a local directory): {error}") from None
+    tokenizer.pad_token = tokenizer.eos_token  # as in the gist
+    return model.to(args.device), tokenizer
+
+
+def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Dataset) -> GRPOTrainer:
+    """TRL's GRPOTrainer with the model, the five rewards and, with `--use_peft`, the LoRA adapter.
+
+    UserError where there is no such model, or where the data does not fill one step.
+    """
+    prompts = (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // args.num_generations
+    )
+    if len(train_dataset) < prompts:
+        raise UserError(f"{len(train_dataset)} training rows do not fill a step of {prompts} prompts")
+    model, tokenizer = load_model(args, model_args)
+    if model_args.model_revision != "main":  # TRL loads the KL's reference again, by name
+        args.model_init_kwargs = {"revision": model_args.model_revision}
+    lengths = [len(ids) for ids in tokenizer.apply_chat_template(train_dataset["prompt"][:])["input_ids"]]
+    if long := sum(n > args.max_prompt_length for n in lengths):
+        over = f"{long} of {len(lengths)} prompts have more than {args.max_prompt_length} tokens (up to {max(lengths)})"
+        say(f"warning: {over}: kept whole, where the gist cut off the beginning", error=True)
+    return GRPOTrainer(
+        model=model,
+        args=args,
+        reward_funcs=REWARD_FUNCS,
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def start_wandb(args: DemoConfig, model_args: ModelConfig) -> None:
+    """Open the W&B run in the output directory, offline where no key is configured, with the full configuration."""
+    if "wandb" in args.report_to and args.process_index == 0:
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        project = os.environ.get("WANDB_PROJECT", args.project)
+        config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": SYSTEM_PROMPT}
+        wandb.init(project=project, name=args.run_name, dir=args.output_dir, mode=mode, config=config)
+
+
+def print_banner(trainer: GRPOTrainer) -> None:
+    """What is about to run, before it runs."""
+    args, model, rows = trainer.args, trainer.model, len(trainer.train_dataset)
+    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    prompts = completions // args.num_generations
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (rows // prompts))
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    say(f"model   {model.config._name_or_path}: {model.num_parameters():,} parameters", end="")
+    say(f", {trainer.get_num_trainable_parameters():,} of them trained, {model.dtype}")
+    say(f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention")
+    say(f"data    {args.dataset_name}: {rows:,} rows")
+    say(f"run     {steps:,} steps of {completions} completions = {prompts} prompts x {args.num_generations}")
+    say(f"output  {args.output_dir}")
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, tokenizer, rows: Dataset, args: DemoConfig, name: str) -> list[dict]:
+    """Greedy completions of all `rows` and what they are worth; sharded over the processes, gathered on each.
+
+    `name` ends in `one_shot` where the gist's example goes into the prompt. Returns one row a question: question, gold
+    answer, completion, `tokens`, `truncated` and the four true-or-false columns of `rewards.score`. Kept as
+    `evaluation/<name>.parquet` in the output directory, and read from there when the run is resumed. Greedy decoding
+    draws no random numbers: training is the same with and without it.
+    """
+    path = Path(args.output_dir, "evaluation", f"{name}.parquet")
+    if path.exists() and len(kept := pd.read_parquet(path)) == len(rows):
+        return kept.to_dict("records")
+    stops = model.generation_config.eos_token_id
+    stops = [tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [])]
+    plain = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    plain |= {"max_new_tokens": args.max_completion_length, "eos_token_id": stops, "pad_token_id": stops[0]}
+    mine, size, done = range(args.process_index, len(rows), args.world_size), args.per_device_eval_batch_size, []
+    model.eval()
+    for i in tqdm(range(0, len(mine), size), desc=f"evaluate {name}", disable=args.process_index != 0):
+        prompts = [make_prompt(rows[j]["question"], name.endswith("one_shot")) for j in mine[i : i + size]]
+        inputs = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(args.device)
+        outputs = model.generate(**inputs, generation_config=GenerationConfig(**plain))
+        for j, ids in zip(mine[i : i + size], outputs[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            end = next((k for k, token in enumerate(ids) if token in stops), None)  # None: cut off at the limit
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            row = {"index": j, "question": rows[j]["question"], "gold": rows[j]["answer"], "completion": text}
+            row |= {"tokens": len(ids) if end is None else end + 1, "truncated": end is None}
+            done.append(row | score(text, rows[j]["answer"]))
+    done = sorted(gather_object(done), key=lambda row: row["index"])
+    if args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(done).to_parquet(path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)  # there is the whole file or none
+    return done
+
+
+def report(measured: dict[str, list[dict]], args: DemoConfig, model_args: ModelConfig) -> None:
+    """Print the table and, of three measurements, the verdict; keep them as `evaluation.json` and in W&B."""
+    settings = {k: getattr(args, k) for k in ("dataset_name", "max_completion_length", "seed", "output_dir")}
+    result = {"settings": {"model": model_args.model_name_or_path, **settings, "decoding": "greedy"}}
+    result["measurements"] = {name: figures(rows) for name, rows in measured.items()}
+    say("\n" + "".join(f"{title:>27}" for title in [f"{len(next(iter(measured.values())))} questions", *measured]))
+    for column in ["strict_format", "soft_format", "strict_accuracy", "lenient_accuracy", "truncated", "tokens"]:
+        cells = [result["measurements"][name][column] for name in measured]
+        cell = "{:.1f} [{:.1f}, {:.1f}]" if column == "tokens" else "{:.1%} [{:.1%}, {:.1%}]"
+        say(f"{column:>27}" + "".join(f"{cell.format(c['value'], *c['interval']):>27}" for c in cells))
+    if len(measured) == 3:
+        result |= verdict(*measured.values())
+        say("\n".join(["", f"verdict: {result['verdict']}", *result["sentences"]]))
+    if args.process_index == 0:
+        Path(args.output_dir, "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    if wandb.run:
+        for name, rows in measured.items():
+            wandb.run.summary.update({f"eval/{name}/{k}": v["value"] for k, v in result["measurements"][name].items()})
+            wandb.log({f"eval/{name}": wandb.Table(dataframe=pd.DataFrame(rows[:50]))})
+        wandb.run.summary.update({f"eval/{k}": result[k] for k in ("verdict", "sentences") if k in result})
+
+
+def evaluation_rows(args: DemoConfig) -> Dataset | None:
+    """The test split, or its first `eval_samples` rows; None, with a warning, where it cannot be had."""
+    try:
+        rows = get_gsm8k_questions("test", args.dataset_name, args.dataset_config)
+        return rows.select(range(min(args.eval_samples or len(rows), len(rows))))
+    except UserError as error:
+        say(f"warning: no evaluation: {error}", error=True)
+
+
+def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
+    """`--eval_only`: measure a saved model, zero-shot and one-shot, into a new folder of the output directory."""
+    args.output_dir = str(Path(args.output_dir, f"eval-{datetime.now():%Y%m%d-%H%M%S}"))
+    if not (tests := evaluation_rows(args)):
+        raise UserError("nothing to evaluate on")
+    model, tokenizer = load_model(args, model_args)
+    report({k: evaluate(model, tokenizer, tests, args, k) for k in ("zero_shot", "one_shot")}, args, model_args)
+    say(f"kept in {args.output_dir}")
+
+
+def train(args: DemoConfig, model_args: ModelConfig) -> None:
+    """Measure, train, save, measure again."""
+    rows = get_gsm8k_questions("train", args.dataset_name, args.dataset_config, args.one_shot)
+    trainer = build_trainer(args, model_args, rows)
+    start_wandb(args, model_args)
+    print_banner(trainer)
+    tests, measured = evaluation_rows(args) if args.evaluate else None, {}
+    for name in ("before_zero_shot", "before_one_shot") if tests else ():
+        measured[name] = evaluate(trainer.model, trainer.processing_class, tests, args, name)
+    trainer.train()
+    trainer.save_model()
+    if tests:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        measured["after_zero_shot"] = evaluate(model, trainer.processing_class, tests, args, "after_zero_shot")
+        report(measured, args, model_args)
+    say_goodbye(args)
+
+
+def say_goodbye(args: DemoConfig) -> None:
+    """Close the W&B run; how to look at it, upload it, and talk to the model."""
+    if wandb.run:
+        folder, offline = Path(wandb.run.dir).parent, wandb.run.offline
+        wandb.finish()
+        say(f"\nlook at the run:    wandb leet {folder}")
+        if offline:
+            say(f"upload the run:     wandb sync {folder}")
+    ask = "make_prompt('Mia has 14 pens and buys 23 more. How many pens does Mia have now?')"
+    ask = f"pipeline('text-generation', '{args.output_dir}')({ask}, max_new_tokens={args.max_completion_length})"
+    code = (
+        f"from transformers import pipeline; from grpo_demo import make_prompt; print({ask}[0]['generated_text'][-1])"
+    )
+    say(f'talk to the model:  python -c "{code}"')
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Exit status 0 when done, 2 with one line for what a user can mend."""
+    warnings.simplefilter("ignore", FutureWarning)  # transformers, about names that it and TRL use
+    try:
+        args, model_args = parse_args(argv)
+        (eval_only if args.eval_only else train)(args, model_args)
+    except UserError as error:
+        say("error: " + " ".join(str(error).split()), error=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The five reward functions of willccbb's `grpo_demo.py`, rule for rule, and the measures taken beside them.
+
+    python rewards.py      # six example completions: what each reward gives them, and why
+
+Every reward takes TRL's keyword arguments and returns one float per completion, higher is better:
+
+    reward(prompts=..., completions=..., answer=..., **kwargs) -> list[float]
+
+    prompts      one conversation per completion: [{"role": ..., "content": ...}, ...]
+    completions  one message list per completion: [{"role": "assistant", "content": text}]
+    answer       the gold answers, one string per completion
+    kwargs       other dataset columns, and TRL 1.16's `log_extra` and `log_metric`; all optional
+
+They never raise, whatever the text, and take time linear in its length. A perfect completion earns 4.0. No torch here.
+"""
+
+import math
+import re
+from fractions import Fraction
+
+# `(?s)`: the dot matches newlines; without it multi-line reasoning never matches and both format rewards stay at 0.
+# `(?>...)` keeps its first match: the same texts match as in the gist, but hostile ones take no quadratic time.
+SOFT_FORMAT = re.compile(r"(?s)<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>")
+STRICT_FORMAT = re.compile(r"(?s)^<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n$")
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![.0-9])\.[0-9]++"
+NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)])[-−]\$?|\$[-−]?)?(?:{DIGITS})(?:/[0-9]++)?")  # no sign in `10-3`
+OPERATOR = r"[-−+*/×÷]|\bx\b"
+EQUATION = re.compile(
+    rf"(?<![0-9.,])((?:(?:{DIGITS})[A-Za-z ]{{0,20}}(?:{OPERATOR})[ $]{{0,3}}){{1,8}}(?:{DIGITS}))"
+    rf"[A-Za-z ]{{0,20}}=[ $]{{0,3}}(?=({DIGITS}))"  # the result may begin the next equation
+)
+
+
+def extract_xml_answer(text: str) -> str:
+    """What follows the last `<answer>`, up to `</answer>`, stripped; the whole text where there is no tag (gist)."""
+    return text.split("<answer>")[-1].split("</answer>")[0].strip()
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """GSM8K's gold answer: what follows `####`, without `,` and `$`; None where there is no `####` (gist)."""
+    if "####" not in text:
+        return None
+    return text.split("####")[1].strip().replace(",", "").replace("$", "")
+
+
+def count_xml(text: str) -> float:
+    """The gist's partial credit: 0.125 for each tag on a line of its own, minus 0.001 per character after the end.
+
+    A text without `\\n</answer>\\n` is charged its whole length: without its final newline a long answer loses more
+    than all tags earn.
+    """
+    count = 0.0
+    if text.count("<reasoning>\n") == 1:
+        count += 0.125
+    if text.count("\n</reasoning>\n") == 1:
+        count += 0.125
+    if text.count("\n<answer>\n") == 1:
+        count += 0.125
+        count -= len(text.split("\n</answer>\n")[-1]) * 0.001
+    if text.count("\n</answer>") == 1:
+        count += 0.125
+        count -= (len(text.split("\n</answer>")[-1]) - 1) * 0.001  # one character is free: the final newline
+    return count
+
+
+def xmlcount_reward_func(completions: list, **kwargs) -> list[float]:
+    """At most 0.5, without a lower bound: `count_xml` of each completion."""
+    return [count_xml(c[0]["content"]) for c in completions]
+
+
+def soft_format_reward_func(completions: list, **kwargs) -> list[float]:
+    """0.5 where the completion begins with a reasoning block followed by an answer block, spaced anyhow."""
+    return [0.5 if SOFT_FORMAT.match(c[0]["content"]) else 0.0 for c in completions]
+
+
+def strict_format_reward_func(completions: list, **kwargs) -> list[float]:
+    """0.5 where every tag is on a line of its own and nothing but one newline follows (`$` allows a second)."""
+    return [0.5 if STRICT_FORMAT.match(c[0]["content"]) else 0.0 for c in completions]
+
+
+def int_reward_func(completions: list, **kwargs) -> list[float]:
+    """0.5 where the extracted answer is digits only (`str.isdigit`: `²` and `٣` count, `-3` and `1,000` do not)."""
+    return [0.5 if extract_xml_answer(c[0]["content"]).isdigit() else 0.0 for c in completions]
+
+
+def simple_correctness_reward_func(completions: list, answer: list[str], **kwargs) -> list[float]:
+    """2.0 where the extracted answer is the gold string, exactly.
+
+    Logs what the gist printed as columns `gold` and `extracted` of TRL's completions table, and as metrics
+    `accuracy/strict`, `accuracy/lenient` (shares), `reasoning/steps` (equations a completion) and
+    `reasoning/valid_steps` (share of the equations that are true; absent where there are none).
+    """
+    texts = [c[0]["content"] for c in completions]
+    extracted = [extract_xml_answer(text) for text in texts]
+    if log_extra := kwargs.get("log_extra"):
+        log_extra("gold", list(answer))
+        log_extra("extracted", extracted)
+    if log_metric := kwargs.get("log_metric"):
+        steps = [step for text in texts for step in equations(text)]
+        log_metric("accuracy/strict", sum(map(is_strict_correct, texts, answer)) / len(texts))
+        log_metric("accuracy/lenient", sum(map(is_lenient_correct, texts, answer)) / len(texts))
+        log_metric("reasoning/steps", len(steps) / len(texts))
+        if steps:
+            log_metric("reasoning/valid_steps", sum(steps) / len(steps))
+    return [2.0 if got == gold else 0.0 for got, gold in zip(extracted, answer, strict=True)]
+
+
+correctness_reward_func = simple_correctness_reward_func  # the gist's own name for it
+REWARD_FUNCS = [  # in the order in which the gist wires them
+    xmlcount_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    int_reward_func,
+    simple_correctness_reward_func,
+]
+
+
+def is_strict_correct(text: str, gold: str) -> bool:
+    """Right in the asked-for form: the text inside the last `<answer>...</answer>` is the gold string."""
+    return "</answer>" in text.rpartition("<answer>")[2] and "<answer>" in text and extract_xml_answer(text) == gold
+
+
+def as_number(text: str) -> Fraction | None:
+    """`-$1,000.50` or `3/4` as an exact number; None where it is none (`3/0`) or has over 50 characters."""
+    try:
+        return Fraction(re.sub(r"[,$]", "", text).replace("−", "-")) if len(text) <= 50 else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def is_lenient_correct(text: str, gold: str) -> bool:
+    """Right in any form: the last number in the text equals the gold answer as a number.
+
+    `1,000`, `$18`, `18.00`, `-3`, `3/4`, `18.` and `18kg` are read as a person reads them. Any text is allowed.
+    """
+    numbers, want = NUMBER.findall(text), as_number(gold)
+    return bool(numbers) and want is not None and as_number(numbers[-1]) == want
+
+
+def equations(text: str) -> list[bool]:
+    """For each arithmetic equation in the text (`3 pens * 4 + 1 = 13`), in order: is it true? Reads no brackets."""
+    return [is_true(left, right.replace(",", "")) for left, right in EQUATION.findall(text)]
+
+
+def is_true(left: str, right: str) -> bool:
+    """Does the calculation `left` give the number `right`? A result with decimals may be rounded to them."""
+    first, *rest = re.findall(rf"{DIGITS}|{OPERATOR}", left.replace(",", ""))
+    terms = [float(first)]  # to be added up; `*` and `/` act on the last one
+    for operator, number in zip(rest[::2], map(float, rest[1::2]), strict=True):
+        if operator in "+-−":
+            terms.append(number if operator == "+" else -number)
+        elif operator in "/÷":
+            terms[-1] = terms[-1] / number if number else math.nan
+        else:
+            terms[-1] *= number
+    rounding = 0.5 * 10.0 ** -len(right.partition(".")[2]) if "." in right else 0.0
+    return abs(sum(terms) - float(right)) <= rounding + 1e-9 * abs(sum(terms))
+
+
+def score(text: str, gold: str) -> dict[str, bool]:
+    """What the evaluation asks of one completion."""
+    return {
+        "strict_format": bool(STRICT_FORMAT.match(text)),
+        "soft_format": bool(SOFT_FORMAT.match(text)),
+        "strict_accuracy": is_strict_correct(text, gold),
+        "lenient_accuracy": is_lenient_correct(text, gold),
+    }
+
+
+def figures(rows: list[dict]) -> dict[str, dict]:
+    """One measurement (rows of `score`, `truncated`, `tokens`): value, n and 95% interval of each column.
+
+    Wilson's interval (1927) for the shares, mean +- 1.96 standard errors for `tokens`.
+    """
+    n, z, result = len(rows), 1.96, {}
+    for column in [*score("", ""), "truncated"]:
+        p, zz = sum(row[column] for row in rows) / n, z * z / n
+        centre, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
+        result[column] = {"value": p, "n": n, "interval": [(centre - half) / (1 + zz), (centre + half) / (1 + zz)]}
+    mean = sum(row["tokens"] for row in rows) / n
+    half = z * math.sqrt(sum((row["tokens"] - mean) ** 2 for row in rows)) / n
+    return result | {"tokens": {"value": mean, "n": n, "interval": [mean - half, mean + half]}}
+
+
+def gain(column: str, before: list[dict], after: list[dict]) -> list[float]:
+    """Difference of two shares on the same questions, and its paired 95% interval (Agresti and Min 2005)."""
+    n, changes = len(before), [int(a[column]) - int(b[column]) for b, a in zip(before, after, strict=True)]
+    centre = sum(changes) / (n + 2)
+    half = 1.96 * math.sqrt(((sum(map(abs, changes)) + 1) / (n + 2) - centre**2) / (n + 2))
+    return [sum(changes) / n, max(-1.0, centre - half), min(1.0, centre + half)]
+
+
+def verdict(zero: list[dict], one: list[dict], after: list[dict]) -> dict:
+    """How much of the gain in strict accuracy is format and how much is reasoning, from the three measurements.
+
+    Reasoning is lenient accuracy after training minus the better one of the two untrained: what the model can do now
+    that no prompt brought out before. The rest of the gain is format: answers that were right but could not be read.
+    """
+
+    def share(rows: list[dict], column: str) -> float:
+        return 100 * sum(row[column] for row in rows) / len(rows)
+
+    def points(difference: list[float]) -> str:
+        return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * x for x in difference))
+
+    lenient, strict, form = "lenient_accuracy", "strict_accuracy", "strict_format"
+    prompt, best = max(("one-shot", one), ("zero-shot", zero), key=lambda x: share(x[1], lenient))
+    total, reasoning, formats = gain(strict, zero, after), gain(lenient, best, after), gain(form, zero, after)
+    learned = [word for word, (_, low, _) in (("format", formats), ("reasoning", reasoning)) if low > 0]
+    excludes = "does not exclude" if reasoning[1] <= 0 <= reasoning[2] else "excludes"
+    sentences = [
+        f"Strict accuracy went from {share(zero, strict):.1f}% to {share(after, strict):.1f}%: {points(total)}; "
+        f"an example in the prompt gives {share(one, strict):.1f}% without training.",
+        f"Reasoning: {points(reasoning)} of it, lenient accuracy from {share(best, lenient):.1f}% ({prompt}, the best "
+        f"prompt before) to {share(after, lenient):.1f}%; the interval {excludes} zero.",
+        f"Format: the other {100 * (total[0] - reasoning[0]):+.1f} points; strict format went from "
+        f"{share(zero, form):.1f}% to {share(after, form):.1f}%: {points(formats)}.",
+    ]
+    gains = {"strict_accuracy": total, "reasoning": reasoning, "format": total[0] - reasoning[0], form: formats}
+    return {"verdict": " and ".join(learned) or "neither", "sentences": sentences, "gain": gains}
+
+
+EXAMPLES = [  # the gold answer is 18
+    ("perfect", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>\n", "tags on their own lines, gold"),
+    ("no final newline", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>", "xmlcount takes 0.001 x 57"),
+    (
+        "one line",
+        "<reasoning>9 * 2 = 18</reasoning> <answer>18</answer>",
+        "soft needs no newlines",
+    ),
+    ("plain prose", "9 eggs for $2: 9 * 2 = 18. The answer is 18.", "right, but without tags nobody can read it"),
+    (
+        "wrong answer",
+        "<reasoning>\n9 + 2 = 11\n</reasoning>\n<answer>\n11\n</answer>\n",
+        "half the reward is for form",
+    ),
+    (
+        "negative answer",
+        "<reasoning>\n9 - 27 = -18\n</reasoning>\n<answer>\n-18\n</answer>\n",
+        "a minus sign is no digit",
+    ),
+]
+
+
+def main() -> None:
+    """Print what each reward gives the six examples."""
+    short = [f.__name__.removesuffix("_reward_func").removeprefix("simple_") for f in REWARD_FUNCS]
+    print("".join(f"{name:>16}" for name in ["gold answer: 18", *short]) + "     sum  why")
+    for name, text, why in EXAMPLES:
+        got = [f(completions=[[{"role": "assistant", "content": text}]], answer=["18"])[0] for f in REWARD_FUNCS]
+        print(f"{name:>16}" + "".join(f"{reward:16.3f}" for reward in got) + f"{sum(got):8.3f}  {why}")
+
+
+if __name__ == "__main__":
+    main()
