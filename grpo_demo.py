@@ -184,12 +184,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
         raise UserError(message)
 
     argv = [*(sys.argv[1:] if argv is None else argv)]
+    if argv[-1:] == ["--config"]:
+        raise UserError("--config needs the name of a YAML file")
     parser = TrlParser([DemoConfig, ModelConfig], allow_abbrev=False, description=__doc__.replace("%", "%%"))
     parser.error = error
     parser.set_defaults_with_config(**{name.lower(): value for name, value in globals().items() if name.isupper()})
     try:
         args, model_args = parser.parse_args_and_config(argv)
-    except (ValueError, TypeError, IndexError, OSError, yaml.YAMLError) as problem:
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as problem:
         raise UserError(f"settings: {problem}") from None
     if "Llama" in model_args.model_name_or_path:  # as the gist
         args.output_dir, args.run_name = (x.replace("Qwen-1.5B", "Llama-1B") for x in (args.output_dir, args.run_name))
@@ -290,7 +292,8 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
     model, tokenizer = load_model(args, model_args)
     if model_args.model_revision != "main":  # TRL loads the KL's reference again, by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
-    lengths = [len(ids) for ids in tokenizer.apply_chat_template(train_dataset["prompt"][:])["input_ids"]]
+    ids = tokenizer.apply_chat_template(train_dataset["prompt"][:], add_generation_prompt=True)["input_ids"]
+    lengths = [len(prompt) for prompt in ids]
     if long := sum(n > args.max_prompt_length for n in lengths):
         over = f"{long} of {len(lengths)} prompts have more than {args.max_prompt_length} tokens (up to {max(lengths)})"
         say(f"warning: {over}: kept whole, where the gist cut off the beginning", error=True)
