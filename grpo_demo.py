@@ -21,7 +21,8 @@ The optimizer step is the gist's (TRL 0.14) to round-off: `tests/test_step.py` w
  6. Rows without a numeric `#### answer` are left out and counted; the gist trained on them with gold None.
  7. Weight decay spares Qwen2's norms (transformers 5); 1e-3 of the gradient in fp32, nothing in bf16.
  8. Metrics as TRL 1.16 defines them: `kl` is a mean over tokens (was: over sequences), `rewards/<name>/mean`.
- 9. The final model is saved. Accuracy is measured before and after, and the gain is split into format and reasoning.
+ 9. Two checkpoints are kept instead of all; the same command again resumes; the final model is saved.
+10. Accuracy is measured before and after, and the gain is split into format and reasoning.
 """
 
 import json
@@ -44,9 +45,20 @@ from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import WandbCallback
 from transformers.utils import is_flash_attn_2_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from assets.keep import (
+    UserError,
+    Watch,
+    explain_full_disk,
+    open_output,
+    say,
+    say_goodbye,
+    start_wandb,
+    write_atomically,
+)
 from rewards import REWARD_FUNCS, as_number, extract_hash_answer, figures, score, verdict
 
 # Model and data
@@ -111,7 +123,9 @@ LOGGING_STEPS = 1
 LOG_ON_EACH_NODE = False
 LOG_COMPLETIONS = True  # the completions of a step: a W&B table, a parquet file...
 NUM_COMPLETIONS_TO_PRINT = 1  # ...and one of them in the terminal
-SAVE_STEPS = 100
+SAVE_STEPS = 100  # steps between checkpoints, from which the same command goes on
+SAVE_TOTAL_LIMIT = 2  # checkpoints kept; the gist kept all nineteen, about 9 GB each
+LOGGING_NAN_INF_FILTER = False  # a loss that is not finite is shown as it is, and stops the run
 
 SYSTEM_PROMPT = """
 Respond in the following format:
@@ -135,16 +149,6 @@ ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # spelled as in the gist
 
 
-def say(message: str, error: bool = False, end: str = "\n") -> None:
-    """Print, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr if error else sys.stdout, end=end, flush=True)
-
-
-class UserError(Exception):
-    """What a user can cause and mend: `main` prints it as one line and exits with status 2."""
-
-
 @dataclass
 class DemoConfig(GRPOConfig):
     """TRL's GRPOConfig and this script's own flags. Their defaults are the constants above."""
@@ -155,6 +159,7 @@ class DemoConfig(GRPOConfig):
     max_prompt_length: int = field(default=0, metadata={"help": "Report prompts with more tokens than this."})
     evaluate: bool = field(default=True, metadata={"help": "Measure the test split before and after training."})
     eval_samples: int = field(default=0, metadata={"help": "Test questions to evaluate on; 0: all."})
+    overwrite_output: bool = field(default=False, metadata={"help": "Move an old output directory aside."})
     eval_only: bool = field(default=False, metadata={"help": "Evaluate the model and do not train."})
 
     def __post_init__(self):
@@ -307,15 +312,6 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
     )
 
 
-def start_wandb(args: DemoConfig, model_args: ModelConfig) -> None:
-    """Open the W&B run in the output directory, offline where no key is configured, with the full configuration."""
-    if "wandb" in args.report_to and args.process_index == 0:
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-        project = os.environ.get("WANDB_PROJECT", args.project)
-        config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": SYSTEM_PROMPT}
-        wandb.init(project=project, name=args.run_name, dir=args.output_dir, mode=mode, config=config)
-
-
 def print_banner(trainer: GRPOTrainer) -> None:
     """What is about to run, before it runs."""
     args, model, rows = trainer.args, trainer.model, len(trainer.train_dataset)
@@ -411,37 +407,47 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
 
 
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
-    """Measure, train, save, measure again."""
+    """Measure, train, save, measure again; or go on where the run was stopped."""
     rows = get_gsm8k_questions("train", args.dataset_name, args.dataset_config, args.one_shot)
+    config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": SYSTEM_PROMPT}
+    with args.main_process_first(local=False):
+        run, checkpoint = open_output(args, config, rows)
     trainer = build_trainer(args, model_args, rows)
-    start_wandb(args, model_args)
+    record = Path(args.output_dir, "run.json")
+    if args.process_index == 0:
+        write_atomically(record, run)
+    watch = Watch(trainer, config, run["wandb_id"])
+    trainer.remove_callback(WandbCallback)  # `watch` adds it
+    trainer.add_callback(watch)
     print_banner(trainer)
     tests, measured = evaluation_rows(args) if args.evaluate else None, {}
     for name in ("before_zero_shot", "before_one_shot") if tests else ():
         measured[name] = evaluate(trainer.model, trainer.processing_class, tests, args, name)
-    trainer.train()
-    trainer.save_model()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if not watch.signal and not watch.broken:
+            trainer.save_model()
+    except Exception as error:
+        explain_full_disk(trainer, error)
+        raise
+    if watch.signal or watch.broken:
+        say_goodbye(
+            args, f"stopped at step {trainer.state.global_step}; the same command goes on from the last checkpoint"
+        )
+        raise SystemExit(128 + watch.signal if watch.signal else 1)
+    start_wandb(args, config, run["wandb_id"])  # where it was killed after the last step
     if tests:
         model = trainer.accelerator.unwrap_model(trainer.model)
         measured["after_zero_shot"] = evaluate(model, trainer.processing_class, tests, args, "after_zero_shot")
         report(measured, args, model_args)
-    say_goodbye(args)
-
-
-def say_goodbye(args: DemoConfig) -> None:
-    """Close the W&B run; how to look at it, upload it, and talk to the model."""
-    if wandb.run:
-        folder, offline = Path(wandb.run.dir).parent, wandb.run.offline
-        wandb.finish()
-        say(f"\nlook at the run:    wandb leet {folder}")
-        if offline:
-            say(f"upload the run:     wandb sync {folder}")
+    if args.process_index == 0:
+        write_atomically(record, run | {"finished": True})
     ask = "make_prompt('Mia has 14 pens and buys 23 more. How many pens does Mia have now?')"
     ask = f"pipeline('text-generation', '{args.output_dir}')({ask}, max_new_tokens={args.max_completion_length})"
     code = (
         f"from transformers import pipeline; from grpo_demo import make_prompt; print({ask}[0]['generated_text'][-1])"
     )
-    say(f'talk to the model:  python -c "{code}"')
+    say_goodbye(args, f'talk to the model:  python -c "{code}"')
 
 
 def main(argv: list[str] | None = None) -> None:

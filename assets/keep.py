@@ -1,0 +1,183 @@
+"""Nothing lost: what keeps a run of `grpo_demo.py` when it is killed, cut off or starved. No learning happens here.
+
+`open_output` decides what the output directory is: new, to be gone on with, finished, or somebody else's. `Watch` is
+the callback that saves on SIGTERM and Ctrl-C, opens W&B where new steps begin, and warns of silent failure.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import wandb
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
+from trl import GRPOConfig, GRPOTrainer
+
+FREE_SETTINGS = [
+    "evaluate",
+    "eval_samples",
+    "eval_only",
+    "per_device_eval_batch_size",
+    "overwrite_output",
+    "output_dir",
+]
+FREE_SETTINGS += ["report_to", "project", "run_name", "logging_steps", "log_completions", "num_completions_to_print"]
+FREE_SETTINGS += ["save_steps", "save_strategy", "save_total_limit", "disable_tqdm"]  # may differ when a run goes on
+
+
+def say(message: str, error: bool = False, end: str = "\n") -> None:
+    """Print, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+class UserError(Exception):
+    """What a user can cause and mend: `main` prints it as one line and exits with status 2."""
+
+
+def open_output(args: GRPOConfig, config: dict, rows: Dataset) -> tuple[dict, str | None]:
+    """Makes the output directory this run's: its `run.json` (settings, W&B id) and the checkpoint to go on from, or None.
+
+    A finished run is left as it is (exit 0). UserError where the directory holds a run with other settings, or anything
+    else; `--overwrite_output` moves it aside.
+    """
+    out, now = Path(args.output_dir), datetime.now()
+    if args.overwrite_output and out.exists():
+        say(f"moved the old {out} to {out.rename(out.with_name(f'{out.name}.{now:%Y%m%d-%H%M%S}'))}")
+    settings = {k: str(v) for k, v in config.items() if k not in FREE_SETTINGS}
+    rewards = hashlib.sha256(Path(__file__).parents[1].joinpath("rewards.py").read_bytes()).hexdigest()[:12]
+    data = hashlib.sha256(repr(rows.to_dict()).encode()).hexdigest()[:12]
+    settings |= {"data": data, "rewards.py": rewards, "world_size": str(args.world_size)}
+    if not Path(out, "run.json").exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} holds something else: another --output_dir, or --overwrite_output to move it aside")
+        return {"settings": settings, "wandb_id": f"{now:%m%d%H%M%S}-{os.getpid()}", "finished": False}, None
+    run = json.loads(Path(out, "run.json").read_text())
+    if changed := [f"{k} {run['settings'].get(k)} -> {v}" for k, v in settings.items() if run["settings"].get(k) != v]:
+        raise UserError(
+            f"{out} is a run with other settings ({'; '.join(changed)}): another --output_dir, or --overwrite_output"
+        )
+    if run["finished"]:
+        say(f"{out} is finished, nothing to do; --overwrite_output moves it aside and starts anew")
+        raise SystemExit(0)
+    for folder in sorted(out.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        if is_complete(folder, args.world_size):
+            say(f"going on from {folder}")
+            return run, str(folder)
+        say(f"warning: {folder} is half written: passed over and removed", error=True)
+        shutil.rmtree(folder)
+    return run, None
+
+
+def is_complete(folder: Path, world_size: int) -> bool:
+    """Whether a checkpoint was written to its end: `trainer_state.json` comes last, random states one per process."""
+    try:
+        json.loads(Path(folder, "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return len(list(folder.glob("rng_state*.pth"))) == world_size
+
+
+def write_atomically(path: Path, value: dict) -> None:
+    """Write JSON in one go: a reader finds the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(value, indent=1) + "\n")
+    path.with_suffix(".part").rename(path)
+
+
+def start_wandb(args: GRPOConfig, config: dict, run_id: str) -> None:
+    """Open the W&B run in the output directory, offline where no key is configured, with the full configuration."""
+    if "wandb" not in args.report_to or args.process_index != 0 or wandb.run:
+        return
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    where = {"project": os.environ.get("WANDB_PROJECT", args.project), "name": args.run_name, "dir": args.output_dir}
+    try:
+        wait = wandb.Settings(init_timeout=30)
+        wandb.init(**where, mode=mode, config=config, id=run_id, resume="allow", settings=wait)
+    except wandb.Error as error:
+        say(f"warning: W&B cannot be reached ({error}); the run is kept offline", error=True)
+        wandb.init(**where, mode="offline", config=config, id=run_id, resume="allow")
+
+
+class Watch(TrainerCallback):
+    """Opens W&B where new steps begin, saves and stops on SIGTERM and Ctrl-C, and speaks up where failure is silent."""
+
+    def __init__(self, trainer: GRPOTrainer, config: dict, run_id: str):
+        self.trainer, self.config, self.run_id = trainer, config, run_id
+        self.signal, self.broken, self.flat, self.said = 0, False, 0, set()
+        self.logged = Path(trainer.args.output_dir, "logged.json")  # the last step that W&B has
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.signal or not self.trainer.is_in_train:  # asked twice, or nothing to save
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= (json.loads(self.logged.read_text()) if self.logged.exists() else 0) and not wandb.run:
+            start_wandb(args, self.config, self.run_id)  # steps done again after a kill are in W&B already
+            if wandb.run:
+                self.trainer.add_callback(WandbCallback)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
+        if self.signal:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "reward" not in logs:
+            return
+        if state.is_world_process_zero and wandb.run:
+            write_atomically(self.logged, state.global_step)
+        self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
+        formats = [logs.get(f"rewards/{name}_format_reward_func/mean") for name in ("soft", "strict")]
+        self.broken = not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0))
+        for problem, text in (
+            (self.flat >= 20, "no group had any reward variance for 20 steps: nothing is learned; see its completions"),
+            (logs["completions/clipped_ratio"] > 0.5, "most completions are cut off: raise --max_completion_length"),
+            (state.global_step >= 50 and not any(formats), "format rewards are still 0: look at the completions"),
+            (self.broken, "the loss is not finite: stopping; lower --learning_rate"),
+        ):
+            if problem and text not in self.said:
+                self.said.add(text)
+                say(f"\nwarning: step {state.global_step}: {text}", error=True)
+                if wandb.run:
+                    wandb.run.alert(title="grpo_demo", text=f"step {state.global_step}: {text}")
+        if self.broken:  # do not save: the last checkpoint is the last good one
+            control.should_training_stop, control.should_save = True, False
+
+
+def explain_full_disk(trainer: GRPOTrainer, error: Exception) -> None:
+    """Where a save failed for want of space: say how much it takes, drop the half of it, exit 1. Else nothing."""
+    out, size = Path(trainer.args.output_dir), trainer.get_num_trainable_parameters() * trainer.model.dtype.itemsize
+    need, free = 3 * size, shutil.disk_usage(out).free  # weights and Adam's two moments
+    if free > need and getattr(error, "errno", None) != errno.ENOSPC:
+        return
+    for folder in out.glob("checkpoint-*"):
+        if not is_complete(folder, trainer.args.world_size):
+            shutil.rmtree(folder, ignore_errors=True)
+    room = f"a checkpoint takes about {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB were free in {out}"
+    say(f"error: disk full: {room}. Make room: the same command goes on from the last checkpoint", error=True)
+    raise SystemExit(1)
+
+
+def say_goodbye(args: GRPOConfig, last: str) -> None:
+    """Close the W&B run; say how to look at it and how to upload it; then the last line."""
+    if wandb.run:
+        folder, offline = Path(wandb.run.dir).parent, wandb.run.offline
+        wandb.finish()
+        say(f"\nlook at the run:    wandb leet {folder}")
+        if offline:
+            folders = sorted(str(path) for path in folder.parent.glob("offline-run-*"))
+            say(f"upload the run:     wandb sync {' '.join(folders)}")
+    say(last)
