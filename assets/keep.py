@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 def open_output(args: GRPOConfig, config: dict, rows: Dataset) -> tuple[dict, str | None]:
-    """Makes the output directory this run's: its `run.json` (settings, W&B id) and the checkpoint to go on from, or None.
+    """Makes the output directory this run's: its `run.json` (settings, W&B id) and a checkpoint to go on from.
 
     A finished run is left as it is (exit 0). UserError where the directory holds a run with other settings, or anything
     else; `--overwrite_output` moves it aside.
@@ -58,7 +58,7 @@ def open_output(args: GRPOConfig, config: dict, rows: Dataset) -> tuple[dict, st
     data = hashlib.sha256(repr(rows.to_dict()).encode()).hexdigest()[:12]
     settings |= {"data": data, "rewards.py": rewards, "world_size": str(args.world_size)}
     if not Path(out, "run.json").exists():
-        if out.exists() and any(out.iterdir()):
+        if any(path.is_file() for path in out.rglob("*")):
             raise UserError(f"{out} holds something else: another --output_dir, or --overwrite_output to move it aside")
         return {"settings": settings, "wandb_id": f"{now:%m%d%H%M%S}-{os.getpid()}", "finished": False}, None
     run = json.loads(Path(out, "run.json").read_text())
@@ -101,7 +101,7 @@ def start_wandb(args: GRPOConfig, config: dict, run_id: str) -> None:
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     where = {"project": os.environ.get("WANDB_PROJECT", args.project), "name": args.run_name, "dir": args.output_dir}
     try:
-        wait = wandb.Settings(init_timeout=30)
+        wait = wandb.Settings(init_timeout=30, finish_timeout=60, finish_timeout_raises=True)
         wandb.init(**where, mode=mode, config=config, id=run_id, resume="allow", settings=wait)
     except wandb.Error as error:
         say(f"warning: W&B cannot be reached ({error}); the run is kept offline", error=True)
@@ -174,10 +174,13 @@ def explain_full_disk(trainer: GRPOTrainer, error: Exception) -> None:
 def say_goodbye(args: GRPOConfig, last: str) -> None:
     """Close the W&B run; say how to look at it and how to upload it; then the last line."""
     if wandb.run:
-        folder, offline = Path(wandb.run.dir).parent, wandb.run.offline
-        wandb.finish()
+        folder, uploaded = Path(wandb.run.dir).parent, not wandb.run.offline
+        try:
+            wandb.finish()
+        except TimeoutError:  # the server does not answer: everything is in the local files
+            uploaded = False
         say(f"\nlook at the run:    wandb leet {folder}")
-        if offline:
-            folders = sorted(str(path) for path in folder.parent.glob("offline-run-*"))
+        if not uploaded:
+            folders = sorted(str(path) for path in folder.parent.glob("*run-*") if not path.is_symlink())
             say(f"upload the run:     wandb sync {' '.join(folders)}")
     say(last)
