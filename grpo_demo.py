@@ -35,7 +35,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin slow a 2-core machine down
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, for CPU runs: an idle thread that spins for long
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # slows a busy machine, one that never spins a quiet one
 
 import pandas as pd
 import torch
@@ -417,7 +418,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     if args.process_index == 0:
         write_atomically(record, run)
     watch = Watch(trainer, config, run["wandb_id"])
-    trainer.remove_callback(WandbCallback)  # `watch` adds it
+    trainer.remove_callback(WandbCallback)  # `watch` is one
     trainer.add_callback(watch)
     print_banner(trainer)
     tests, measured = evaluation_rows(args) if args.evaluate else None, {}

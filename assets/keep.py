@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,6 @@ from pathlib import Path
 import wandb
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
 from transformers.integrations import WandbCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -100,21 +100,38 @@ def start_wandb(args: GRPOConfig, config: dict, run_id: str) -> None:
         return
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     where = {"project": os.environ.get("WANDB_PROJECT", args.project), "name": args.run_name, "dir": args.output_dir}
+    where |= {"config": config, "id": run_id, "resume": "allow"}
+    quick = wandb.Settings(  # to the file at once, so that a kill loses nothing; no waiting for a server that is gone
+        x_transaction_log_flush_interval=0.01, init_timeout=30, finish_timeout=60, finish_timeout_raises=True
+    )
     try:
-        wait = wandb.Settings(init_timeout=30, finish_timeout=60, finish_timeout_raises=True)
-        wandb.init(**where, mode=mode, config=config, id=run_id, resume="allow", settings=wait)
+        wandb.init(**where, mode=mode, settings=quick)
     except wandb.Error as error:
         say(f"warning: W&B cannot be reached ({error}); the run is kept offline", error=True)
-        wandb.init(**where, mode="offline", config=config, id=run_id, resume="allow")
+        wandb.init(**where, mode="offline", settings=quick)
 
 
-class Watch(TrainerCallback):
-    """Opens W&B where new steps begin, saves and stops on SIGTERM and Ctrl-C, and speaks up where failure is silent."""
+def last_logged_step(out: Path) -> int:
+    """The last step whose metrics are in the W&B files of a run that was stopped, 0 where there are none."""
+    for file in sorted(out.glob("wandb/*run-*/*.wandb"), reverse=True):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
+        read = subprocess.run(command, capture_output=True, text=True)
+        if read.returncode == 0 and (step := json.loads(read.stdout)["summary"].get("train/global_step")):
+            return int(step)
+    return 0
+
+
+class Watch(WandbCallback):
+    """Logs to W&B the steps it does not have, saves and stops on SIGTERM and Ctrl-C, speaks up where failure is silent.
+
+    After a kill some steps are done again, from the last checkpoint. They are the same steps, and W&B has them.
+    """
 
     def __init__(self, trainer: GRPOTrainer, config: dict, run_id: str):
+        super().__init__()
         self.trainer, self.config, self.run_id = trainer, config, run_id
         self.signal, self.broken, self.flat, self.said = 0, False, 0, set()
-        self.logged = Path(trainer.args.output_dir, "logged.json")  # the last step that W&B has
+        self.logged = last_logged_step(Path(trainer.args.output_dir))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
@@ -123,11 +140,12 @@ class Watch(TrainerCallback):
             raise SystemExit(128 + number)
         self.signal = number
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        pass  # the W&B run is opened below
+
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step >= (json.loads(self.logged.read_text()) if self.logged.exists() else 0) and not wandb.run:
-            start_wandb(args, self.config, self.run_id)  # steps done again after a kill are in W&B already
-            if wandb.run:
-                self.trainer.add_callback(WandbCallback)
+        if state.global_step >= self.logged:
+            start_wandb(args, self.config, self.run_id)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
@@ -135,10 +153,10 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs, **kwargs):
+        if wandb.run:
+            super().on_log(args, state, control, logs=logs, **kwargs)
         if "reward" not in logs:
             return
-        if state.is_world_process_zero and wandb.run:
-            write_atomically(self.logged, state.global_step)
         self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
         formats = [logs.get(f"rewards/{name}_format_reward_func/mean") for name in ("soft", "strict")]
         self.broken = not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0))

@@ -99,7 +99,7 @@ def test_the_embedded_data():
     splits = {s: [json.loads(x) for x in (ROOT / f"assets/tiny/{s}.jsonl").open()] for s in ("train", "test")}
     questions = {s: {r["question"] for r in rows} for s, rows in splits.items()}
     assert (
-        len(questions["train"]) == len(splits["train"]) == 400 and len(questions["test"]) == len(splits["test"]) == 512
+        len(questions["train"]) == len(splits["train"]) == 480 and len(questions["test"]) == len(splits["test"]) == 512
     )
     assert not questions["train"] & questions["test"]
     assert all(len(get_gsm8k_questions(s, "assets/tiny")) == len(splits[s]) for s in splits)

@@ -50,7 +50,7 @@ def test_time_and_memory(laptop):
 
 def test_format_is_learned(laptop):
     rewards = {n: series(laptop[2], f"train/rewards/{n}/mean") for n in NAMES}
-    assert {len(r) for r in rewards.values()} == {50}
+    assert {len(r) for r in rewards.values()} == {60}
     assert (
         mean(rewards["soft_format_reward_func"][:5]) <= 0.15 and mean(rewards["soft_format_reward_func"][-10:]) >= 0.45
     )
@@ -63,11 +63,11 @@ def test_format_is_learned(laptop):
 def test_wandb_holds_everything(laptop):
     out, _, rows, *_ = laptop
     timers = [f"profiling/Time taken: GRPOTrainer.{n}" for n in [*NAMES, "transformers.generate"]]
-    assert all(len(series(rows, timer)) == 50 for timer in timers)
+    assert all(len(series(rows, timer)) == 60 for timer in timers)
     for name in NAMES:
-        assert len(series(rows, f"train/rewards/{name}/std")) == 50
+        assert len(series(rows, f"train/rewards/{name}/std")) == 60
     for name in ("accuracy/strict", "accuracy/lenient", "reasoning/steps", "reasoning/valid_steps", "kl", "step_time"):
-        assert len(series(rows, f"train/{name}")) == 50, name
+        assert len(series(rows, f"train/{name}")) == 60, name
     tables = sorted(out.glob("wandb/*run-*/files/media/table/completions_*.json"))
     assert len(tables) == 50
     table = json.loads(tables[-1].read_text())
@@ -90,12 +90,12 @@ def test_what_is_printed(laptop):
         "674,432 parameters",
         "torch.float32",
         "sdpa",
-        "400 rows",
-        "50 steps of 64 completions = 8 prompts x 8",
+        "480 rows",
+        "60 steps of 64 completions = 8 prompts x 8",
     ):
         assert text in stdout, text
     assert f"wandb leet {out}" in stdout and f"wandb sync {out}" in stdout
-    assert stdout.count("Step 1 ─") == 1 and "Step 50 ─" in stdout  # TRL's table, one completion a step
+    assert stdout.count("Step 1 ─") == 1 and "Step 60 ─" in stdout  # TRL's table, one completion a step
 
 
 def test_the_printed_line_talks_to_the_model(laptop):
