@@ -1,0 +1,79 @@
+"""Draw README's pictures from the records in assets/runs.
+
+    pip install matplotlib==3.11.2
+    python assets/figures.py
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+REWARDS = ["xmlcount", "soft_format", "strict_format", "int", "simple_correctness"]
+COLORS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756"]
+INK = "#6e7781"  # readable on white and on black
+
+
+def load(name: str) -> tuple[list[dict], dict[str, list[float]]]:
+    folder = HERE / "runs" / name
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return metrics, json.loads((folder / "timers.json").read_text())
+
+
+def smooth(values: list[float], width: int = 5) -> list[float]:
+    """Mean of the last `width` steps."""
+    return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def panel(ax, title: str) -> None:
+    ax.set_title(title, loc="left", fontsize=10, color=INK)
+    ax.tick_params(colors=INK, labelsize=8)
+    ax.patch.set_alpha(0)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+
+
+def p1(name: str = "laptop-42") -> None:
+    """Where the time of a step goes, and the five rewards with strict and lenient accuracy."""
+    metrics, timers = load(name)
+    steps = range(1, len(metrics) + 1)
+    per_step = {k: sum(v) / len(metrics) for k, v in timers.items()}
+    total = sum(m["step_time"] for m in metrics) / len(metrics)
+    logps = per_step["_get_per_token_logps_and_entropies"]
+    loss = per_step["compute_loss"]
+    rewards = [(r, per_step[f"{r}_reward_func"]) for r in REWARDS]
+    parts = [("generate", per_step["transformers.generate"]), ("policy log-probs, loss", loss)]
+    parts += [("reference log-probs", max(0.0, logps - loss)), ("five rewards", sum(t for _, t in rewards))]
+    parts += [("backward and the rest", total - sum(t for _, t in parts))]
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4), gridspec_kw={"width_ratios": [1.15, 1, 1.3]})
+    rows = [*[(n, t, COLORS[0]) for n, t in parts], *[(f"  {n}", t, COLORS[4]) for n, t in rewards]][::-1]
+    left.barh([n for n, _, _ in rows], [1000 * t for _, t, _ in rows], color=[c for _, _, c in rows])
+    left.set_xscale("log")
+    for i, (_, t, _) in enumerate(rows):
+        left.text(1000 * t * 1.15, i, f"{100 * t / total:.{0 if t / total > 0.01 else 3}f}%", va="center", fontsize=7, color=INK)
+    left.set_xlim(right=left.get_xlim()[1] * 4)
+    panel(left, f"milliseconds of a step of {total:.2f} s")
+    for reward, color in zip(REWARDS[:4], COLORS, strict=False):
+        middle.plot(steps, smooth([m[f"rewards/{reward}_reward_func/mean"] for m in metrics]), color=color, label=reward)
+    middle.set_ylim(-0.05, 0.55)
+    middle.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
+    panel(middle, "format rewards (at most 0.5)")
+    for key, color, label in (("lenient", COLORS[0], "lenient: right in any form"), ("strict", COLORS[4], "strict: right and readable")):
+        right.plot(steps, smooth([m[f"accuracy/{key}"] for m in metrics]), color=color, label=label)
+    right.set_ylim(0, 1)
+    right.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
+    panel(right, "accuracy of the sampled completions")
+    for ax in (middle, right):
+        ax.set_xlabel("step", color=INK, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(HERE / "p1.png", dpi=130, transparent=True, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    p1()
