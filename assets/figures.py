@@ -1,7 +1,7 @@
 """Draw README's pictures from the records in assets/runs.
 
-    pip install matplotlib==3.11.2
-    python assets/figures.py
+pip install matplotlib==3.11.2
+python assets/figures.py
 """
 
 import json
@@ -26,7 +26,10 @@ def load(name: str) -> tuple[list[dict], dict[str, list[float]]]:
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
     """Mean of the last `width` steps."""
-    return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
+        for i in range(len(values))
+    ]
 
 
 def panel(ax, title: str) -> None:
@@ -56,15 +59,27 @@ def p1(name: str = "laptop-42") -> None:
     left.barh([n for n, _, _ in rows], [1000 * t for _, t, _ in rows], color=[c for _, _, c in rows])
     left.set_xscale("log")
     for i, (_, t, _) in enumerate(rows):
-        left.text(1000 * t * 1.15, i, f"{100 * t / total:.{0 if t / total > 0.01 else 3}f}%", va="center", fontsize=7, color=INK)
+        left.text(
+            1000 * t * 1.15,
+            i,
+            f"{100 * t / total:.{0 if t / total > 0.01 else 3}f}%",
+            va="center",
+            fontsize=7,
+            color=INK,
+        )
     left.set_xlim(right=left.get_xlim()[1] * 4)
     panel(left, f"milliseconds of a step of {total:.2f} s")
     for reward, color in zip(REWARDS[:4], COLORS, strict=False):
-        middle.plot(steps, smooth([m[f"rewards/{reward}_reward_func/mean"] for m in metrics]), color=color, label=reward)
+        middle.plot(
+            steps, smooth([m[f"rewards/{reward}_reward_func/mean"] for m in metrics]), color=color, label=reward
+        )
     middle.set_ylim(-0.05, 0.55)
     middle.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
     panel(middle, "format rewards (at most 0.5)")
-    for key, color, label in (("lenient", COLORS[0], "lenient: right in any form"), ("strict", COLORS[4], "strict: right and readable")):
+    for key, color, label in (
+        ("lenient", COLORS[0], "lenient: right in any form"),
+        ("strict", COLORS[4], "strict: right and readable"),
+    ):
         right.plot(steps, smooth([m[f"accuracy/{key}"] for m in metrics]), color=color, label=label)
     right.set_ylim(0, 1)
     right.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")

@@ -16,6 +16,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import torch
 import wandb
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -108,6 +109,7 @@ def start_wandb(args: GRPOConfig, config: dict, run_id: str) -> None:
         wandb.init(**where, mode=mode, settings=quick)
     except wandb.Error as error:
         say(f"warning: W&B cannot be reached ({error}); the run is kept offline", error=True)
+        wandb.teardown()  # it still holds the run's id
         wandb.init(**where, mode="offline", settings=quick)
 
 
@@ -148,6 +150,8 @@ class Watch(WandbCallback):
             start_wandb(args, self.config, self.run_id)
 
     def on_step_end(self, args, state, control, **kwargs):
+        norms = torch._foreach_norm([p for p in kwargs["model"].parameters() if p.requires_grad])
+        self.broken = not torch.stack([norm.float() for norm in norms]).isfinite().all()
         self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
         if self.signal:
             control.should_save = control.should_training_stop = True
@@ -159,12 +163,12 @@ class Watch(WandbCallback):
             return
         self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
         formats = [logs.get(f"rewards/{name}_format_reward_func/mean") for name in ("soft", "strict")]
-        self.broken = not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0))
+        self.broken = self.broken or not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0))
         for problem, text in (
             (self.flat >= 20, "no group had any reward variance for 20 steps: nothing is learned; see its completions"),
             (logs["completions/clipped_ratio"] > 0.5, "most completions are cut off: raise --max_completion_length"),
             (state.global_step >= 50 and not any(formats), "format rewards are still 0: look at the completions"),
-            (self.broken, "the loss is not finite: stopping; lower --learning_rate"),
+            (self.broken, "the loss or a weight is not finite: stopping; lower --learning_rate"),
         ):
             if problem and text not in self.said:
                 self.said.add(text)

@@ -2,8 +2,8 @@
 
     python assets/record.py outputs/tiny laptop-42      # writes assets/runs/laptop-42, well under 1 MB
 
-`record.json` (command, versions, hardware, settings), `metrics.jsonl` (one line a step), `timers.json` (W&B's profiling
-timers, seconds, one list a name), `evaluation.json`, `samples.json` (20 completions with their rewards, early and late).
+`record.json` (command, versions, hardware, settings), `metrics.jsonl` (a line a step), `timers.json` (W&B's profiling
+timers, seconds, one list a name), `evaluation.json`, `samples.json` (20 early and late completions, their rewards).
 """
 
 import importlib.metadata
@@ -55,7 +55,7 @@ def main() -> None:
         for name, value in row.items():
             if name.startswith("profiling/"):
                 timers.setdefault(name.split("GRPOTrainer.")[1], []).append(round(value, 6))
-    packages = "torch transformers trl datasets peft accelerate wandb".split()
+    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
     run = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {"settings": {}}
     record = {
         "command": "python grpo_demo.py " + " ".join(environment.get("args", [])),

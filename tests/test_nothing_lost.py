@@ -255,11 +255,16 @@ def test_silent_failures_speak(tmp_path):
         assert done.stderr.count(text) == 1, text
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+@pytest.mark.parametrize("rate", ["1e30", "1e38"])  # weights that overflow, and weights that are not finite at once
+def test_what_is_not_finite_stops_the_run_unsaved(tmp_path, rate):
     out = tmp_path / "run"
-    done = run(*SMALL, "--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0, "--max_steps", 9, "--save_steps", 1, "--output_dir", out)  # fmt: skip # noqa: E501
-    assert done.returncode == 1 and done.stderr.count("the loss is not finite: stopping") == 1, done.stderr[-2000:]
+    wild = ("--learning_rate", rate, "--max_grad_norm", 0, "--warmup_steps", 4, "--save_steps", 1, "--max_steps", 9)
+    done = run(*SMALL, *wild, "--output_dir", out)
+    assert done.returncode == 1 and done.stderr.count("is not finite: stopping") == 1, done.stderr[-2000:]
     assert not (out / "model.safetensors").exists()
+    assert [f.name for f in out.glob("checkpoint-*")] == ["checkpoint-1"]  # the first step has learning rate 0
+    kept = load_file(out / "checkpoint-1" / "model.safetensors")
+    assert all(value.isfinite().all() for value in kept.values())
 
 
 TWO = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")

@@ -1,0 +1,87 @@
+"""README's tables, from the records in assets/runs.
+
+python assets/tables.py        # writes them into README.md
+"""
+
+import json
+import re
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SEEDS = [42, 1, 2]
+MEASURED = ["before_zero_shot", "before_one_shot", "after_zero_shot"]
+
+
+def runs() -> list[tuple[dict, list[dict], dict]]:
+    """Evaluation, metrics of each step, record; a run a seed."""
+    folders = [HERE / "runs" / f"laptop-{seed}" for seed in SEEDS]
+    return [
+        (
+            json.loads((f / "evaluation.json").read_text()),
+            [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()],
+            json.loads((f / "record.json").read_text()),
+        )
+        for f in folders
+    ]
+
+
+def results() -> str:
+    """The laptop run at three seeds, with 95% intervals."""
+    lines = [
+        f"| laptop run, 512 test questions | {' | '.join(f'seed {s}' for s in SEEDS)} |",
+        "|---|" + "---|" * len(SEEDS),
+    ]
+
+    def row(title: str, cells) -> None:
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    def share(evaluation: dict, when: str, what: str) -> str:
+        figure = evaluation["measurements"][when][what]
+        return "{:.1%} [{:.1%}, {:.1%}]".format(figure["value"], *figure["interval"])
+
+    for what in ("strict_format", "strict_accuracy", "lenient_accuracy"):
+        for when in MEASURED:
+            title = f"{what.replace('_', ' ')}, {when.split('_', 1)[0]}{' (one-shot)' if 'one' in when else ''}"
+            row(title, [share(e, when, what) for e, _, _ in runs()])
+    points = "{:+.1f} [{:+.1f}, {:+.1f}]"
+    row(
+        "gain in strict accuracy, points",
+        [points.format(*(100 * x for x in e["gain"]["strict_accuracy"])) for e, _, _ in runs()],
+    )
+    row("of it reasoning", [points.format(*(100 * x for x in e["gain"]["reasoning"])) for e, _, _ in runs()])
+    row("of it format", [f"{100 * e['gain']['format']:+.1f}" for e, _, _ in runs()])
+    row("**verdict**", [f"**{e['verdict']}**" for e, _, _ in runs()])
+    for name, title in (
+        ("soft_format", "soft format reward"),
+        ("strict_format", "strict format reward"),
+        ("xmlcount", "xmlcount reward"),
+        ("simple_correctness", "correctness reward"),
+    ):
+        values = [[m[f"rewards/{name}_reward_func/mean"] for m in metrics] for _, metrics, _ in runs()]
+        row(f"{title}, first and last 10 steps", [f"{sum(v[:10]) / 10:.3f}, {sum(v[-10:]) / 10:.3f}" for v in values])
+    row("seconds in all", [f"{record['seconds']:.0f}" for _, _, record in runs()])
+    return "\n".join(lines) + "\n"
+
+
+def reliability() -> str:
+    """What the tests of tests/test_nothing_lost.py did, kept in reliability.json."""
+    rows = json.loads((HERE / "runs" / "reliability.json").read_text())
+    lines = ["| fault | tried | recovered | steps lost |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"
+
+
+def main() -> None:
+    path = HERE.parent / "README.md"
+    text = path.read_text()
+    for name, table in (("results", results()), ("reliability", reliability())):
+        text = re.sub(
+            rf"<!-- {name} -->\n.*?<!-- /{name} -->",
+            lambda _, n=name, t=table: f"<!-- {n} -->\n{t}<!-- /{n} -->",
+            text,
+            flags=re.DOTALL,
+        )
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

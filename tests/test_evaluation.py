@@ -1,0 +1,127 @@
+"""The verdict on planted models, the intervals against their definitions, and what the evaluation keeps."""
+
+import json
+import math
+import random
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grpo_demo
+from rewards import figures, gain, score, verdict
+
+XML = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n{}\n</answer>\n"
+
+
+def planted(n: int, form: float, right: float, seed: int) -> list[dict]:
+    """Completions of a model that writes XML in a share `form` of its answers and is right in a share `right`."""
+    rng, rows = random.Random(seed), []
+    skill = random.Random(99)  # the same questions are easy for every model
+    for _ in range(n):
+        answer = 18 if skill.random() < right else 17
+        text = XML.format(answer) if rng.random() < form else f"The answer is {answer}."
+        rows.append(score(text, "18") | {"truncated": False, "tokens": len(text)})
+    return rows
+
+
+def test_a_model_that_learned_the_format_only():
+    result = verdict(planted(500, 0.05, 0.6, 1), planted(500, 0.7, 0.6, 2), planted(500, 0.98, 0.6, 3))
+    assert result["verdict"] == "format"
+    assert (
+        result["gain"]["reasoning"][0] == 0 and result["gain"]["format"] == result["gain"]["strict_accuracy"][0] > 0.5
+    )
+    assert "does not exclude zero" in result["sentences"][1]
+
+
+def test_a_model_that_learned_to_reason_only():
+    result = verdict(planted(500, 0.9, 0.4, 1), planted(500, 0.9, 0.4, 2), planted(500, 0.9, 0.7, 1))
+    assert result["verdict"] == "reasoning" and "the interval excludes zero" in result["sentences"][1]
+    low, high = result["gain"]["reasoning"][1:]
+    assert 0 < low < 0.3 < high
+
+
+def test_both_and_neither():
+    assert verdict(planted(500, 0.1, 0.4, 1), planted(500, 0.5, 0.4, 2), planted(500, 0.9, 0.7, 3))["verdict"] == "format and reasoning"  # fmt: skip # noqa: E501
+    assert verdict(planted(500, 0.5, 0.4, 1), planted(500, 0.5, 0.4, 1), planted(500, 0.5, 0.4, 1))["verdict"] == "neither"  # fmt: skip # noqa: E501
+
+
+def test_the_better_untrained_prompt_is_the_control():
+    result = verdict(planted(500, 0.1, 0.3, 1), planted(500, 0.9, 0.6, 2), planted(500, 0.9, 0.6, 3))
+    assert result["verdict"] == "format" and "one-shot" in result["sentences"][1]  # an example did as much untrained
+
+
+def test_what_was_lost_is_said():
+    result = verdict(planted(500, 0.1, 0.8, 1), planted(500, 0.9, 0.8, 2), planted(500, 0.99, 0.6, 3))
+    assert result["verdict"] == "format" and result["gain"]["reasoning"][2] < 0
+    assert "-20" in result["sentences"][1] and "the interval excludes zero" in result["sentences"][1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=400))
+def test_paired_interval(pairs):
+    before, after = ([{"x": p[i]} for p in pairs] for i in (0, 1))
+    value, low, high = gain("x", before, after)
+    assert value == pytest.approx(sum(b - a for a, b in pairs) / len(pairs))
+    assert -1 <= low <= high <= 1
+    backwards = gain("x", after, before)
+    assert backwards == pytest.approx([-value, -high, -low])
+
+
+def test_paired_interval_covers():
+    """95% of such intervals hold the true difference (here 0.1), within 2 points, over 2,000 simulated evaluations."""
+    rng, held = random.Random(0), 0
+    for _ in range(2000):
+        draws = [rng.random() for _ in range(200)]
+        before, after = [{"x": d < 0.4} for d in draws], [{"x": 0.05 < d < 0.55} for d in draws]
+        held += gain("x", before, after)[1] <= 0.1 <= gain("x", before, after)[2]
+    print(f"coverage {held / 2000:.3f}")
+    assert 0.93 <= held / 2000 <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
+)
+def test_wilson(k, n, low, high):
+    rows = [score(XML.format(18) if i < k else "no", "18") | {"truncated": False, "tokens": i} for i in range(n)]
+    found = figures(rows)["strict_accuracy"]
+    assert (found["value"], found["n"]) == (k / n, n)
+    assert found["interval"] == pytest.approx([low, high], abs=1e-4)  # the published values
+    tokens = figures(rows)["tokens"]
+    half = 1.96 * math.sqrt(sum((i - tokens["value"]) ** 2 for i in range(n)) / n) / math.sqrt(n)
+    assert tokens["interval"] == pytest.approx([tokens["value"] - half, tokens["value"] + half])
+
+
+def test_evaluate_is_greedy_repeatable_and_kept(tmp_path):
+    flags = f"--config assets/tiny/config.yaml --output_dir {tmp_path} --report_to none --per_device_eval_batch_size 8"
+    args, model_args = grpo_demo.parse_args(flags.split())
+    model, tokenizer = grpo_demo.load_model(args, model_args)
+    rows = grpo_demo.get_gsm8k_questions("test", "assets/tiny").select(range(20))
+    first = grpo_demo.evaluate(model, tokenizer, rows, args, "before_zero_shot")
+    assert [r["question"] for r in first] == rows["question"][:] and [r["gold"] for r in first] == rows["answer"][:]
+    for row in first:
+        assert {k: row[k] for k in score("", "")} == score(row["completion"], row["gold"])
+        ids = tokenizer(row["completion"])["input_ids"]
+        assert row["truncated"] is False and row["tokens"] == len(ids) + 1  # and the end-of-turn token
+    args.per_device_eval_batch_size, kept = 3, tmp_path / "evaluation" / "before_zero_shot.parquet"
+    again = grpo_demo.evaluate(model, tokenizer, rows, args, "again")
+    assert [r["completion"] for r in again] == [r["completion"] for r in first]  # whatever the batch
+    written = kept.stat().st_mtime_ns
+    assert grpo_demo.evaluate(None, None, rows, args, "before_zero_shot") == first  # read, not made again
+    assert kept.stat().st_mtime_ns == written
+    args.max_completion_length = 4
+    assert all(r["truncated"] and r["tokens"] == 4 for r in grpo_demo.evaluate(model, tokenizer, rows, args, "cut"))
+
+
+def test_readme_shows_the_records():
+    """README's tables are the ones that the records give."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "assets" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    readme = (ROOT / "README.md").read_text()
+    for name in ("results", "reliability"):
+        assert f"<!-- {name} -->\n{getattr(tables, name)()}<!-- /{name} -->" in readme
+    assert json.loads((ROOT / "assets/runs/laptop-42/record.json").read_text())["versions"]["trl"] == "1.16.0"
