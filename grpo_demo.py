@@ -290,10 +290,8 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
 
     UserError where there is no such model, or where the data does not fill one step.
     """
-    prompts = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // args.num_generations
-    )
-    if len(train_dataset) < prompts:
+    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if len(train_dataset) < (prompts := completions // args.num_generations):
         raise UserError(f"{len(train_dataset)} training rows do not fill a step of {prompts} prompts")
     model, tokenizer = load_model(args, model_args)
     if model_args.model_revision != "main":  # TRL loads the KL's reference again, by name
@@ -303,14 +301,17 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
     if long := sum(n > args.max_prompt_length for n in lengths):
         over = f"{long} of {len(lengths)} prompts have more than {args.max_prompt_length} tokens (up to {max(lengths)})"
         say(f"warning: {over}: kept whole, where the gist cut off the beginning", error=True)
-    return GRPOTrainer(
-        model=model,
-        args=args,
-        reward_funcs=REWARD_FUNCS,
-        train_dataset=train_dataset,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        return GRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=REWARD_FUNCS,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
+    except (ValueError, ImportError) as error:  # reward weights that do not fit, vLLM that is not installed, ...
+        raise UserError(f"TRL refuses these settings: {error}") from None
 
 
 def print_banner(trainer: GRPOTrainer) -> None:
@@ -377,10 +378,10 @@ def report(measured: dict[str, list[dict]], args: DemoConfig, model_args: ModelC
         cell = "{:.1f} [{:.1f}, {:.1f}]" if column == "tokens" else "{:.1%} [{:.1%}, {:.1%}]"
         say(f"{column:>27}" + "".join(f"{cell.format(c['value'], *c['interval']):>27}" for c in cells))
     if len(measured) == 3:
-        result |= verdict(*measured.values())
+        result |= verdict(*measured.values(), one_shot=args.one_shot)
         say("\n".join(["", f"verdict: {result['verdict']}", *result["sentences"]]))
     if args.process_index == 0:
-        Path(args.output_dir, "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(Path(args.output_dir, "evaluation.json"), result)
     if wandb.run:
         for name, rows in measured.items():
             wandb.run.summary.update({f"eval/{name}/{k}": v["value"] for k, v in result["measurements"][name].items()})
@@ -432,14 +433,13 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         explain_full_disk(trainer, error)
         raise
     if watch.signal or watch.broken:
-        say_goodbye(
-            args, f"stopped at step {trainer.state.global_step}; the same command goes on from the last checkpoint"
-        )
+        say_goodbye(args, f"stopped at step {trainer.state.global_step}; the same command goes on from the checkpoint")
         raise SystemExit(128 + watch.signal if watch.signal else 1)
     start_wandb(args, config, run["wandb_id"])  # where it was killed after the last step
     if tests:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        measured["after_zero_shot"] = evaluate(model, trainer.processing_class, tests, args, "after_zero_shot")
+        after = "after_one_shot" if args.one_shot else "after_zero_shot"  # with the prompt of the training
+        measured[after] = evaluate(model, trainer.processing_class, tests, args, after)
         report(measured, args, model_args)
     if args.process_index == 0:
         write_atomically(record, run | {"finished": True})
@@ -454,6 +454,8 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exit status 0 when done, 2 with one line for what a user can mend."""
     warnings.simplefilter("ignore", FutureWarning)  # transformers, about names that it and TRL use
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "160")  # in a log file TRL's table of a completion has room
     try:
         args, model_args = parse_args(argv)
         (eval_only if args.eval_only else train)(args, model_args)

@@ -190,9 +190,10 @@ def gain(column: str, before: list[dict], after: list[dict]) -> list[float]:
     return [sum(changes) / n, max(-1.0, centre - half), min(1.0, centre + half)]
 
 
-def verdict(zero: list[dict], one: list[dict], after: list[dict]) -> dict:
+def verdict(zero: list[dict], one: list[dict], after: list[dict], one_shot: bool = False) -> dict:
     """How much of the gain in strict accuracy is format and how much is reasoning, from the three measurements.
 
+    `zero` and `one` are untrained, without and with an example in the prompt; `after` has the prompt of the training.
     Reasoning is lenient accuracy after training minus the better one of the two untrained: what the model can do now
     that no prompt brought out before. The rest of the gain is format: answers that were right but could not be read.
     """
@@ -205,16 +206,17 @@ def verdict(zero: list[dict], one: list[dict], after: list[dict]) -> dict:
 
     lenient, strict, form = "lenient_accuracy", "strict_accuracy", "strict_format"
     prompt, best = max(("one-shot", one), ("zero-shot", zero), key=lambda x: share(x[1], lenient))
-    total, reasoning, formats = gain(strict, zero, after), gain(lenient, best, after), gain(form, zero, after)
+    before = one if one_shot else zero
+    total, reasoning, formats = gain(strict, before, after), gain(lenient, best, after), gain(form, before, after)
     learned = [word for word, (_, low, _) in (("format", formats), ("reasoning", reasoning)) if low > 0]
     excludes = "does not exclude" if reasoning[1] <= 0 <= reasoning[2] else "excludes"
     sentences = [
-        f"Strict accuracy went from {share(zero, strict):.1f}% to {share(after, strict):.1f}%: {points(total)}; "
+        f"Strict accuracy went from {share(before, strict):.1f}% to {share(after, strict):.1f}%: {points(total)}; "
         f"an example in the prompt gives {share(one, strict):.1f}% without training.",
         f"Reasoning: {points(reasoning)} of it, lenient accuracy from {share(best, lenient):.1f}% ({prompt}, the best "
         f"prompt before) to {share(after, lenient):.1f}%; the interval {excludes} zero.",
         f"Format: the other {100 * (total[0] - reasoning[0]):+.1f} points; strict format went from "
-        f"{share(zero, form):.1f}% to {share(after, form):.1f}%: {points(formats)}.",
+        f"{share(before, form):.1f}% to {share(after, form):.1f}%: {points(formats)}.",
     ]
     gains = {"strict_accuracy": total, "reasoning": reasoning, "format": total[0] - reasoning[0], form: formats}
     return {"verdict": " and ".join(learned) or "neither", "sentences": sentences, "gain": gains}

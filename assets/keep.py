@@ -139,6 +139,7 @@ class Watch(WandbCallback):
 
     def on_signal(self, number, frame):
         if self.signal or not self.trainer.is_in_train:  # asked twice, or nothing to save
+            say("\nstopped; the same command goes on from the last checkpoint", error=True)
             raise SystemExit(128 + number)
         self.signal = number
 

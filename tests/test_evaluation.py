@@ -52,6 +52,12 @@ def test_the_better_untrained_prompt_is_the_control():
     assert result["verdict"] == "format" and "one-shot" in result["sentences"][1]  # an example did as much untrained
 
 
+def test_one_shot_training_starts_from_its_own_prompt():
+    zero, one, after = planted(500, 0.1, 0.6, 1), planted(500, 0.7, 0.6, 2), planted(500, 0.98, 0.6, 3)
+    result = verdict(zero, one, after, one_shot=True)
+    assert result["gain"]["strict_accuracy"][0] == gain("strict_accuracy", one, after)[0] < 0.3
+
+
 def test_what_was_lost_is_said():
     result = verdict(planted(500, 0.1, 0.8, 1), planted(500, 0.9, 0.8, 2), planted(500, 0.99, 0.6, 3))
     assert result["verdict"] == "format" and result["gain"]["reasoning"][2] < 0

@@ -190,9 +190,11 @@ def test_a_card_without_bf16(monkeypatch):
         ("--no_such_flag 1", "--no_such_flag"),
         ("--model_name_or_path nobody/nothing", "nobody/nothing"),
         ("--dataset_name nobody/nothing", "nobody/nothing"),
+        ("--reward_weights 1 1", "reward weights"),
+        ("--use_vllm", "vLLM"),
         ("--use_cpu False", "python grpo_demo.py --config assets/tiny/config.yaml"),
     ],
-    ids=["flag", "model", "dataset", "gpu"],
+    ids=["flag", "model", "dataset", "weights", "vllm", "gpu"],
 )
 def test_errors_are_one_line_and_status_2(tmp_path, flags, named):
     config = ["--config", "assets/tiny/config.yaml", "--output_dir", tmp_path / "out"]
