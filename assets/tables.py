@@ -59,7 +59,7 @@ def results() -> str:
     ):
         values = [[m[f"rewards/{name}_reward_func/mean"] for m in metrics] for _, metrics, _ in runs()]
         row(f"{title}, first and last 10 steps", [f"{sum(v[:10]) / 10:.3f}, {sum(v[-10:]) / 10:.3f}" for v in values])
-    row("seconds in all", [f"{record['seconds']:.0f}" for _, _, record in runs()])
+    row("seconds from the first step to the verdict", [f"{record['seconds']:.0f}" for _, _, record in runs()])
     return "\n".join(lines) + "\n"
 
 
