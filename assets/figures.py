@@ -5,6 +5,8 @@ python assets/figures.py
 """
 
 import json
+import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from rewards import is_lenient_correct  # noqa: E402
+
 REWARDS = ["xmlcount", "soft_format", "strict_format", "int", "simple_correctness"]
 COLORS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756"]
 INK = "#6e7781"  # readable on white and on black
@@ -90,5 +95,42 @@ def p1(name: str = "laptop-42") -> None:
     figure.savefig(HERE / "p1.png", dpi=130, transparent=True, metadata={"Software": None})
 
 
+def card(sample: dict, title: str, why: str, file: str) -> None:
+    """A completion as it was sampled, and what each reward gave it."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.0), gridspec_kw={"width_ratios": [1.6, 1]})
+    for ax in (left, right):
+        ax.axis("off")
+    left.set_title(f"{title} (step {sample['step']})", loc="left", fontsize=11, color=INK, fontweight="bold")
+    left.text(0, 0.97, textwrap.fill(sample["question"], 72), va="top", fontsize=9, color=INK, style="italic")
+    shown = (
+        sample["completion"].replace("\n", " \\n\n") if sample["completion"].endswith("\n") else sample["completion"]
+    )
+    left.text(0, 0.74, shown.rstrip("\n"), va="top", fontsize=9, family="monospace", color=COLORS[0])
+    values = [(name, sample[f"{name}_reward_func"]) for name in REWARDS]
+    rows = [*values, ("reward", sum(v for _, v in values)), ("advantage in its group", sample["advantage"])]
+    for i, (name, value) in enumerate(rows):
+        weight, y = "bold" if i == len(REWARDS) else "normal", 0.97 - 0.105 * i
+        right.text(0, y, name, va="top", fontsize=9, color=INK, fontweight=weight)
+        color = COLORS[2] if value > 0 else COLORS[4]
+        right.text(0.62, y, f"{value:+.2f}", va="top", ha="right", fontsize=9, color=color, fontweight=weight)
+    right.text(0, 0.18, textwrap.fill(why, 58), va="top", fontsize=9, color=INK, style="italic")
+    figure.tight_layout()
+    figure.savefig(HERE / file, dpi=130, transparent=True, metadata={"Software": None})
+
+
+def p2_and_p3(name: str = "laptop-42") -> None:
+    """A correct but shallow answer from the end of the run, and a failure from its beginning."""
+    samples = json.loads((HERE / "runs" / name / "samples.json").read_text())
+    full = [s for s in samples if s["simple_correctness_reward_func"] == 2 and s["strict_format_reward_func"] == 0.5]
+    why = "All five rewards are paid in full. Between the tags stands what the untrained model writes in prose: "
+    why += "the form is new, the reasoning is not."
+    card(full[-1], "Correct, and shallow", why, "p2.png")
+    lost = [s for s in samples if s["int_reward_func"] == 0 and is_lenient_correct(s["completion"], s["gold"])]
+    why = "The answer is right, but there is no tag: the whole text counts as the answer, and it is neither a number "
+    why += "nor the gold string. Nothing is paid."
+    card(lost[0], "An early failure", why, "p3.png")
+
+
 if __name__ == "__main__":
     p1()
+    p2_and_p3()
