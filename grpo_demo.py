@@ -44,6 +44,7 @@ import wandb
 import yaml
 from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import WandbCallback
@@ -75,8 +76,8 @@ RUN_NAME = "Qwen-1.5B-GRPO-gsm8k"  # in W&B
 
 # The 64 completions of a step
 NUM_GENERATIONS = 16  # G, completions a prompt: the group whose mean reward is the baseline
-PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions a backward pass. 24 GB: 4 x 3.1 GB (weights, reference, gradients, and
-GRADIENT_ACCUMULATION_STEPS = 64  # Adam twice: 15.4 GB in bf16) + 3.9 GB activations of 1,042 tokens = 19.3 GB; 2: 23.2
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions a backward pass. 24 GB: 5 x 3.1 GB (weights, reference, gradients,
+GRADIENT_ACCUMULATION_STEPS = 64  # and Adam twice, in bf16) + 3.9 GB activations of 1,042 tokens = 19.3 GB; 2: 23.2
 GRADIENT_CHECKPOINTING = (
     False  # as the gist; True computes the same with far smaller activations and one more forward pass
 )
@@ -174,8 +175,11 @@ def check_gpu(args: DemoConfig) -> None:
     if not torch.cuda.is_available():
         raise UserError("no CUDA GPU here. On a laptop: python grpo_demo.py --config assets/tiny/config.yaml")
     if (n := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
+        n = 1 << n.bit_length() - 1  # as many as share 64 completions evenly
         launch = f"accelerate launch --num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
-        raise UserError(f"{n} GPUs for one process. All: {launch}; one: CUDA_VISIBLE_DEVICES=0 python grpo_demo.py")
+        raise UserError(
+            f"several GPUs for one process. Use {n}: {launch}; or one: CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
+        )
     if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add --bf16 False --fp16 True --dtype float32")
 
@@ -190,15 +194,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
         raise UserError(message)
 
     argv = [*(sys.argv[1:] if argv is None else argv)]
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if argv[-1:] == ["--config"]:
         raise UserError("--config needs the name of a YAML file")
     parser = TrlParser([DemoConfig, ModelConfig], allow_abbrev=False, description=__doc__.replace("%", "%%"))
     parser.error = error
+    # The constants become the defaults of the flags with their names; the others, as SYSTEM_PROMPT, are passed over
     parser.set_defaults_with_config(**{name.lower(): value for name, value in globals().items() if name.isupper()})
     try:
         args, model_args = parser.parse_args_and_config(argv)
     except (ValueError, TypeError, OSError, yaml.YAMLError) as problem:
         raise UserError(f"settings: {problem}") from None
+    if args.trust_remote_code or args.resume_from_checkpoint:
+        raise UserError("no --trust_remote_code here, and no --resume_from_checkpoint: the same command again resumes")
     if "Llama" in model_args.model_name_or_path:  # as the gist
         args.output_dir, args.run_name = (x.replace("Qwen-1.5B", "Llama-1B") for x in (args.output_dir, args.run_name))
     return args, model_args
@@ -296,12 +304,12 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
     model, tokenizer = load_model(args, model_args)
     if model_args.model_revision != "main":  # TRL loads the KL's reference again, by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
-    ids = tokenizer.apply_chat_template(train_dataset["prompt"][:], add_generation_prompt=True)["input_ids"]
-    lengths = [len(prompt) for prompt in ids]
-    if long := sum(n > args.max_prompt_length for n in lengths):
-        over = f"{long} of {len(lengths)} prompts have more than {args.max_prompt_length} tokens (up to {max(lengths)})"
-        say(f"warning: {over}: kept whole, where the gist cut off the beginning", error=True)
     try:
+        ids = tokenizer.apply_chat_template(train_dataset["prompt"][:], add_generation_prompt=True)["input_ids"]
+        lengths = [len(prompt) for prompt in ids]
+        if long := sum(n > args.max_prompt_length for n in lengths):
+            over = f"{long} of {len(ids)} prompts have more than {args.max_prompt_length} tokens (up to {max(lengths)})"
+            say(f"warning: {over}: kept whole, where the gist cut off the beginning", error=True)
         return GRPOTrainer(
             model=model,
             args=args,
@@ -310,7 +318,7 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )
-    except (ValueError, ImportError) as error:  # reward weights that do not fit, vLLM that is not installed, ...
+    except (ValueError, ImportError, TemplateError) as error:  # no vLLM, no chat template, wrong reward weights
         raise UserError(f"TRL refuses these settings: {error}") from None
 
 
@@ -339,10 +347,11 @@ def evaluate(model: PreTrainedModel, tokenizer, rows: Dataset, args: DemoConfig,
     draws no random numbers: training is the same with and without it.
     """
     path = Path(args.output_dir, "evaluation", f"{name}.parquet")
-    if path.exists() and len(kept := pd.read_parquet(path)) == len(rows):
-        return kept.to_dict("records")
+    kept = pd.read_parquet(path).to_dict("records") if path.exists() else []
+    if [(row["question"], row["gold"]) for row in kept] == list(zip(rows["question"], rows["answer"], strict=True)):
+        return kept
     stops = model.generation_config.eos_token_id
-    stops = [tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [])]
+    stops = [tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
     plain = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
     plain |= {"max_new_tokens": args.max_completion_length, "eos_token_id": stops, "pad_token_id": stops[0]}
     mine, size, done = range(args.process_index, len(rows), args.world_size), args.per_device_eval_batch_size, []
@@ -393,7 +402,7 @@ def evaluation_rows(args: DemoConfig) -> Dataset | None:
     """The test split, or its first `eval_samples` rows; None, with a warning, where it cannot be had."""
     try:
         rows = get_gsm8k_questions("test", args.dataset_name, args.dataset_config)
-        return rows.select(range(min(args.eval_samples or len(rows), len(rows))))
+        return rows.select(range(min(args.eval_samples, len(rows)))) if args.eval_samples > 0 else rows
     except UserError as error:
         say(f"warning: no evaluation: {error}", error=True)
 
@@ -433,7 +442,10 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         explain_full_disk(trainer, error)
         raise
     if watch.signal or watch.broken:
-        say_goodbye(args, f"stopped at step {trainer.state.global_step}; the same command goes on from the checkpoint")
+        again = (
+            "a lower --learning_rate and --overwrite_output start anew" if watch.broken else "the same command goes on"
+        )
+        say_goodbye(args, f"stopped at step {trainer.state.global_step}; {again}")
         raise SystemExit(128 + watch.signal if watch.signal else 1)
     start_wandb(args, config, run["wandb_id"])  # where it was killed after the last step
     if tests:

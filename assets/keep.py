@@ -59,7 +59,7 @@ def open_output(args: GRPOConfig, config: dict, rows: Dataset) -> tuple[dict, st
     data = hashlib.sha256(repr(rows.to_dict()).encode()).hexdigest()[:12]
     settings |= {"data": data, "rewards.py": rewards, "world_size": str(args.world_size)}
     if not Path(out, "run.json").exists():
-        if any(path.is_file() for path in out.rglob("*")):
+        if any(f.is_file() and not f.relative_to(out).parts[0].startswith("eval-") for f in out.rglob("*")):
             raise UserError(f"{out} holds something else: another --output_dir, or --overwrite_output to move it aside")
         return {"settings": settings, "wandb_id": f"{now:%m%d%H%M%S}-{os.getpid()}", "finished": False}, None
     run = json.loads(Path(out, "run.json").read_text())
@@ -74,8 +74,7 @@ def open_output(args: GRPOConfig, config: dict, rows: Dataset) -> tuple[dict, st
         if is_complete(folder, args.world_size):
             say(f"going on from {folder}")
             return run, str(folder)
-        say(f"warning: {folder} is half written: passed over and removed", error=True)
-        shutil.rmtree(folder)
+        say(f"warning: {folder} is half written: passed over", error=True)
     return run, None
 
 
@@ -115,12 +114,13 @@ def start_wandb(args: GRPOConfig, config: dict, run_id: str) -> None:
 
 def last_logged_step(out: Path) -> int:
     """The last step whose metrics are in the W&B files of a run that was stopped, 0 where there are none."""
-    for file in sorted(out.glob("wandb/*run-*/*.wandb"), reverse=True):
+    last = 0
+    for file in out.glob("wandb/*run-*/*.wandb"):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
         read = subprocess.run(command, capture_output=True, text=True)
-        if read.returncode == 0 and (step := json.loads(read.stdout)["summary"].get("train/global_step")):
-            return int(step)
-    return 0
+        summary = json.loads(read.stdout)["summary"] if read.returncode == 0 else {}
+        last = max(last, int(summary.get("train/global_step", 0)))
+    return last
 
 
 class Watch(WandbCallback):
@@ -132,7 +132,7 @@ class Watch(WandbCallback):
     def __init__(self, trainer: GRPOTrainer, config: dict, run_id: str):
         super().__init__()
         self.trainer, self.config, self.run_id = trainer, config, run_id
-        self.signal, self.broken, self.flat, self.said = 0, False, 0, set()
+        self.signal, self.broken, self.formatted, self.flat, self.said = 0, False, False, 0, set()
         self.logged = last_logged_step(Path(trainer.args.output_dir))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -156,6 +156,8 @@ class Watch(WandbCallback):
         self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
         if self.signal:
             control.should_save = control.should_training_stop = True
+        if self.broken:
+            control.should_log = True  # and there it stops, before anything is saved
 
     def on_log(self, args, state, control, logs, **kwargs):
         if wandb.run:
@@ -163,13 +165,14 @@ class Watch(WandbCallback):
         if "reward" not in logs:
             return
         self.flat = self.flat + 1 if logs["frac_reward_zero_std"] == 1 else 0
-        formats = [logs.get(f"rewards/{name}_format_reward_func/mean") for name in ("soft", "strict")]
+        formats = [logs.get(f"rewards/{name}_format_reward_func/mean", 1.0) for name in ("soft", "strict")]
+        self.formatted = self.formatted or any(formats)
         self.broken = self.broken or not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0))
         for problem, text in (
             (self.flat >= 20, "no group had any reward variance for 20 steps: nothing is learned; see its completions"),
             (logs["completions/clipped_ratio"] > 0.5, "most completions are cut off: raise --max_completion_length"),
-            (state.global_step >= 50 and not any(formats), "format rewards are still 0: look at the completions"),
-            (self.broken, "the loss or a weight is not finite: stopping; lower --learning_rate"),
+            (state.global_step >= 50 and not self.formatted, "format rewards are still 0: look at the completions"),
+            (self.broken, "the loss or a weight is not finite: stopping"),
         ):
             if problem and text not in self.said:
                 self.said.add(text)
@@ -184,7 +187,8 @@ def explain_full_disk(trainer: GRPOTrainer, error: Exception) -> None:
     """Where a save failed for want of space: say how much it takes, drop the half of it, exit 1. Else nothing."""
     out, size = Path(trainer.args.output_dir), trainer.get_num_trainable_parameters() * trainer.model.dtype.itemsize
     need, free = 3 * size, shutil.disk_usage(out).free  # weights and Adam's two moments
-    if free > need and getattr(error, "errno", None) != errno.ENOSPC:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if not full and not ("PytorchStreamWriter" in str(error) and free < need):  # torch.save hides the reason
         return
     for folder in out.glob("checkpoint-*"):
         if not is_complete(folder, trainer.args.world_size):
@@ -203,7 +207,7 @@ def say_goodbye(args: GRPOConfig, last: str) -> None:
         except TimeoutError:  # the server does not answer: everything is in the local files
             uploaded = False
         say(f"\nlook at the run:    wandb leet {folder}")
-        if not uploaded:
-            folders = sorted(str(path) for path in folder.parent.glob("*run-*") if not path.is_symlink())
-            say(f"upload the run:     wandb sync {' '.join(folders)}")
+        waiting = {*folder.parent.glob("offline-run-*"), *([] if uploaded else [folder])}
+        if waiting:
+            say(f"upload the run:     wandb sync {' '.join(sorted(map(str, waiting)))}")
     say(last)

@@ -272,6 +272,7 @@ def test_what_is_not_finite_stops_the_run_unsaved(tmp_path, rate):
     wild = ("--learning_rate", rate, "--max_grad_norm", 0, "--warmup_steps", 4, "--save_steps", 1, "--max_steps", 9)
     done = run(*SMALL, *wild, "--output_dir", out)
     assert done.returncode == 1 and done.stderr.count("is not finite: stopping") == 1, done.stderr[-2000:]
+    assert "a lower --learning_rate and --overwrite_output start anew" in done.stdout
     assert not (out / "model.safetensors").exists()
     assert [f.name for f in out.glob("checkpoint-*")] == ["checkpoint-1"]  # the first step has learning rate 0
     kept = load_file(out / "checkpoint-1" / "model.safetensors")

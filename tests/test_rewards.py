@@ -225,6 +225,7 @@ def test_all_gold_answers_parse():
         ("", "18", False),
         ("18", "eighteen", False),
         ("9" * 10_000, "9", False),
+        ("18", "1e999999999", False),
     ],
 )
 def test_lenient(text, gold, right):
