@@ -69,7 +69,7 @@ def test_wandb_holds_everything(laptop):
     for name in ("accuracy/strict", "accuracy/lenient", "reasoning/steps", "reasoning/valid_steps", "kl", "step_time"):
         assert len(series(rows, f"train/{name}")) == 60, name
     tables = sorted(out.glob("wandb/*run-*/files/media/table/completions_*.json"))
-    assert len(tables) == 50
+    assert len(tables) >= 60  # one a step, and one when training ends
     table = json.loads(tables[-1].read_text())
     assert {"prompt", "completion", "gold", "extracted", "advantage", *NAMES} <= set(table["columns"])
     assert len(table["data"]) == 64

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 import grpo_demo
 
-STEPS, GROUP, BETA, PEAK, TINY = 5, 4, 0.04, 5e-5, "assets/tiny"
+STEPS, GROUP, BETA, PEAK, TINY = 5, 4, 0.04, 1e-5, "assets/tiny"
 ANSWERS = [  # completions are fixed: in each group some are right, some wrong, some readable, some not
     "<reasoning>\n{a}\n</reasoning>\n<answer>\n{a}\n</answer>\n",
     "The answer is {a}.",
