@@ -43,10 +43,15 @@ def run(
     return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout)
 
 
-def wandb_rows(output_dir: Path) -> list[dict]:
-    """The history rows of the W&B file of a run, read back with `wandb leet inspect --json`."""
-    (file,) = Path(output_dir, "wandb").glob("*run-*/*.wandb")
+def history(file: Path) -> list[dict]:
+    """The history rows of one W&B file, read back with `wandb leet inspect --json`."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     records = [json.loads(line) for line in lines]
     return [r["history"]["item"] for r in records if r["type"] == "history"]
+
+
+def wandb_rows(output_dir: Path) -> list[dict]:
+    """The history rows of a run that was never interrupted: it has one W&B file."""
+    (file,) = Path(output_dir, "wandb").glob("*run-*/*.wandb")
+    return history(file)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, note, run
+from conftest import ROOT, history, note, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -50,13 +50,8 @@ def steps_in_wandb(out: Path) -> list[int]:
     """The steps whose metrics are in the W&B files of all lives of a run, in order; all files carry one run id."""
     files = sorted(out.glob("wandb/*run-*/*.wandb"))
     assert len({f.name for f in files}) == 1
-    found = []
-    for file in files:
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
-            if (record := json.loads(line))["type"] == "history" and "train/reward" in record["history"]["item"]:
-                found.append(record["history"]["item"]["train/global_step"])
-    return found
+    rows = [row for file in files for row in history(file)]
+    return [row["train/global_step"] for row in rows if "train/reward" in row]
 
 
 @pytest.fixture(scope="module")
