@@ -8,7 +8,9 @@ timers, seconds, one list a name), `evaluation.json`, `samples.json` (20 early a
 
 import importlib.metadata
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,8 @@ RUNS = Path(__file__).resolve().parent / "runs"
 
 
 def history(out: Path) -> tuple[list[dict], dict]:
-    """All W&B history rows of a run and its environment (command line, processor), from its local files."""
-    rows, environment = [], {}
+    """All W&B history rows of a run, and how it was started (command line, date), from its local files."""
+    rows, started = [], {}
     for file in sorted(out.glob("wandb/*run-*/*.wandb")):
         if file.parent.is_symlink():
             continue
@@ -29,8 +31,8 @@ def history(out: Path) -> tuple[list[dict], dict]:
             record = json.loads(line)
             if record["type"] == "history":
                 rows.append(record["history"]["item"])
-            environment |= record.get("environment", {})
-    return rows, environment
+            started |= record.get("environment", {})
+    return rows, started
 
 
 def samples(out: Path) -> list[dict]:
@@ -44,10 +46,25 @@ def samples(out: Path) -> list[dict]:
     return kept
 
 
+def environment() -> dict:
+    """What a run's numbers depend on beside its settings: processor, Python, versions."""
+    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    gpu = shutil.which("nvidia-smi") and subprocess.check_output(["nvidia-smi", "-L"], text=True).strip()
+    name = next(
+        (line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.processor()
+    )
+    return {
+        "hardware": {"cpu": name, "cores": os.cpu_count()} | ({"gpu": gpu} if gpu else {}),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
 def main() -> None:
     out, folder = Path(sys.argv[1]), RUNS / sys.argv[2]
     folder.mkdir(parents=True, exist_ok=True)
-    rows, environment = history(out)
+    rows, started = history(out)
     steps = [row for row in rows if "train/reward" in row]
     metrics = [{k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} for row in steps]
     timers: dict[str, list[float]] = {}
@@ -55,14 +72,11 @@ def main() -> None:
         for name, value in row.items():
             if name.startswith("profiling/"):
                 timers.setdefault(name.split("GRPOTrainer.")[1], []).append(round(value, 6))
-    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
     run = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {"settings": {}}
     record = {
-        "command": "python grpo_demo.py " + " ".join(environment.get("args", [])),
-        "date": environment.get("started_at", "")[:10],
-        "hardware": {"cpu": environment.get("cpu", {}).get("model"), "cores": environment.get("cpu_count_logical")},
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "command": "python grpo_demo.py " + " ".join(started.get("args", [])),
+        "date": started.get("started_at", "")[:10],
+        **environment(),
         "seconds": max(row["_runtime"] for row in rows),
         "settings": run["settings"],
     }
