@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.integrations import WandbCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.extras.profiling import profiling_context
 
 FREE_SETTINGS = [
     "evaluate",
@@ -149,6 +150,12 @@ class Watch(WandbCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= self.logged:
             start_wandb(args, self.config, self.run_id)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.timer = profiling_context(self.trainer, "optimizer").__enter__()  # the timer that TRL does not have
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.timer.__exit__(None, None, None)
 
     def on_step_end(self, args, state, control, **kwargs):
         norms = torch._foreach_norm([p for p in kwargs["model"].parameters() if p.requires_grad])

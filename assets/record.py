@@ -61,23 +61,62 @@ def environment() -> dict:
     }
 
 
-def main() -> None:
-    out, folder = Path(sys.argv[1]), RUNS / sys.argv[2]
-    folder.mkdir(parents=True, exist_ok=True)
+def collect(out: Path) -> tuple[list[dict], dict[str, list[float]], dict]:
+    """A run's metrics (a dictionary a step), timers (seconds, a list a name, in order) and how it was started."""
     rows, started = history(out)
-    steps = [row for row in rows if "train/reward" in row]
-    metrics = [{k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} for row in steps]
-    timers: dict[str, list[float]] = {}
+    metrics, timers = [], {}
     for row in rows:
+        if "train/reward" in row:
+            step = {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")}
+            metrics.append(step | {"runtime": row["_runtime"]})
         for name, value in row.items():
             if name.startswith("profiling/"):
                 timers.setdefault(name.split("GRPOTrainer.")[1], []).append(round(value, 6))
+    started["seconds"] = max(row["_runtime"] for row in rows)
+    return metrics, timers, started
+
+
+def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str, float]:
+    """Mean seconds of each part of a step, without the first one; together the time from one log line to the next.
+
+    TRL's timers do not cover backward: it is what `step_time` has beside `_prepare_inputs` and `compute_loss`. The
+    reference's log-probs are timed first in each step, then those of the policy, once a micro-batch.
+    """
+    steps = len(metrics)
+
+    def seconds(name: str, pick: slice = slice(None)) -> float:
+        values = timers.get(name, [])
+        per = len(values) // steps
+        return sum(sum(values[i : i + per][pick]) for i in range(per, len(values), per)) / (steps - 1) if per else 0.0
+
+    generate = sum(seconds(name) for name in timers if "generate" in name)
+    logps = "_get_per_token_logps_and_entropies"
+    first = int(len(timers[logps]) > len(timers["compute_loss"]))  # with beta 0 there is no reference
+    reference, policy = seconds(logps, slice(0, first)), seconds(logps, slice(first, None))
+    step_time = sum(m["step_time"] for m in metrics[1:]) / (steps - 1)
+    parts = {
+        "generate": generate,
+        "five rewards": sum(seconds(name) for name in timers if name.endswith("_reward_func")),
+        "reference log-probs": reference,
+        "policy log-probs": policy,
+        "loss": seconds("compute_loss") - policy,
+        "backward": step_time - seconds("_prepare_inputs") - seconds("compute_loss"),
+        "optimizer": seconds("optimizer"),
+    }
+    whole = (metrics[-1]["runtime"] - metrics[0]["runtime"]) / (steps - 1)
+    return parts | {"the rest": whole - sum(parts.values())}
+
+
+def main() -> None:
+    out, folder = Path(sys.argv[1]), RUNS / sys.argv[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics, timers, started = collect(out)
     run = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {"settings": {}}
     record = {
         "command": "python grpo_demo.py " + " ".join(started.get("args", [])),
         "date": started.get("started_at", "")[:10],
         **environment(),
-        "seconds": max(row["_runtime"] for row in rows),
+        "seconds": started["seconds"],
         "settings": run["settings"],
     }
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
