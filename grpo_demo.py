@@ -40,7 +40,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # slows a busy machine, one th
 
 import pandas as pd
 import torch
-import wandb
 import yaml
 from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset
@@ -54,14 +53,16 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 from assets.keep import (
     UserError,
     Watch,
+    check_gpu,
     explain_full_disk,
     open_output,
+    report,
     say,
     say_goodbye,
     start_wandb,
     write_atomically,
 )
-from rewards import REWARD_FUNCS, as_number, extract_hash_answer, figures, score, verdict
+from rewards import REWARD_FUNCS, as_number, extract_hash_answer, score
 
 # Model and data
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
@@ -78,9 +79,7 @@ RUN_NAME = "Qwen-1.5B-GRPO-gsm8k"  # in W&B
 NUM_GENERATIONS = 16  # G, completions a prompt: the group whose mean reward is the baseline
 PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions a backward pass. 24 GB: 5 x 3.1 GB (weights, reference, gradients,
 GRADIENT_ACCUMULATION_STEPS = 64  # and Adam twice, in bf16) + 3.9 GB activations of 1,042 tokens = 19.3 GB; 2: 23.2
-GRADIENT_CHECKPOINTING = (
-    False  # as the gist; True computes the same with far smaller activations and one more forward pass
-)
+GRADIENT_CHECKPOINTING = False  # as the gist; True: the same, far smaller activations, one more forward pass
 MAX_COMPLETION_LENGTH = 786  # tokens; a longer answer is cut and loses its closing tags
 TEMPERATURE = 1.0  # of the log-probabilities in the loss: TRL 0.14 scored unscaled logits...
 GENERATION_KWARGS = {"temperature": 0.9}  # ...and sampled at 0.9
@@ -168,20 +167,6 @@ class DemoConfig(GRPOConfig):
         if not self.use_cpu:
             check_gpu(self)
         super().__post_init__()
-
-
-def check_gpu(args: DemoConfig) -> None:
-    """UserError where there is no GPU that can do what `args` asks for; TRL would say so less clearly."""
-    if not torch.cuda.is_available():
-        raise UserError("no CUDA GPU here. On a laptop: python grpo_demo.py --config assets/tiny/config.yaml")
-    if (n := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
-        n = 1 << n.bit_length() - 1  # as many as share 64 completions evenly
-        launch = f"accelerate launch --num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
-        raise UserError(
-            f"several GPUs for one process. Use {n}: {launch}; or one: CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
-        )
-    if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add --bf16 False --fp16 True --dtype float32")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
@@ -376,28 +361,6 @@ def evaluate(model: PreTrainedModel, tokenizer, rows: Dataset, args: DemoConfig,
     return done
 
 
-def report(measured: dict[str, list[dict]], args: DemoConfig, model_args: ModelConfig) -> None:
-    """Print the table and, of three measurements, the verdict; keep them as `evaluation.json` and in W&B."""
-    settings = {k: getattr(args, k) for k in ("dataset_name", "max_completion_length", "seed", "output_dir")}
-    result = {"settings": {"model": model_args.model_name_or_path, **settings, "decoding": "greedy"}}
-    result["measurements"] = {name: figures(rows) for name, rows in measured.items()}
-    say("\n" + "".join(f"{title:>27}" for title in [f"{len(next(iter(measured.values())))} questions", *measured]))
-    for column in ["strict_format", "soft_format", "strict_accuracy", "lenient_accuracy", "truncated", "tokens"]:
-        cells = [result["measurements"][name][column] for name in measured]
-        cell = "{:.1f} [{:.1f}, {:.1f}]" if column == "tokens" else "{:.1%} [{:.1%}, {:.1%}]"
-        say(f"{column:>27}" + "".join(f"{cell.format(c['value'], *c['interval']):>27}" for c in cells))
-    if len(measured) == 3:
-        result |= verdict(*measured.values(), one_shot=args.one_shot)
-        say("\n".join(["", f"verdict: {result['verdict']}", *result["sentences"]]))
-    if args.process_index == 0:
-        write_atomically(Path(args.output_dir, "evaluation.json"), result)
-    if wandb.run:
-        for name, rows in measured.items():
-            wandb.run.summary.update({f"eval/{name}/{k}": v["value"] for k, v in result["measurements"][name].items()})
-            wandb.log({f"eval/{name}": wandb.Table(dataframe=pd.DataFrame(rows[:50]))})
-        wandb.run.summary.update({f"eval/{k}": result[k] for k in ("verdict", "sentences") if k in result})
-
-
 def evaluation_rows(args: DemoConfig) -> Dataset | None:
     """The test split, or its first `eval_samples` rows; None, with a warning, where it cannot be had."""
     try:
@@ -442,9 +405,8 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         explain_full_disk(trainer, error)
         raise
     if watch.signal or watch.broken:
-        again = (
-            "a lower --learning_rate and --overwrite_output start anew" if watch.broken else "the same command goes on"
-        )
+        anew = "a lower --learning_rate and --overwrite_output start anew"
+        again = anew if watch.broken else "the same command goes on"
         say_goodbye(args, f"stopped at step {trainer.state.global_step}; {again}")
         raise SystemExit(128 + watch.signal if watch.signal else 1)
     start_wandb(args, config, run["wandb_id"])  # where it was killed after the last step
@@ -457,10 +419,8 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         write_atomically(record, run | {"finished": True})
     ask = "make_prompt('Mia has 14 pens and buys 23 more. How many pens does Mia have now?')"
     ask = f"pipeline('text-generation', '{args.output_dir}')({ask}, max_new_tokens={args.max_completion_length})"
-    code = (
-        f"from transformers import pipeline; from grpo_demo import make_prompt; print({ask}[0]['generated_text'][-1])"
-    )
-    say_goodbye(args, f'talk to the model:  python -c "{code}"')
+    code = "from transformers import pipeline; from grpo_demo import make_prompt; "
+    say_goodbye(args, f"""talk to the model:  python -c "{code}print({ask}[0]['generated_text'][-1])\"""")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,12 +19,14 @@ import re
 from fractions import Fraction
 
 # `(?s)`: the dot matches newlines; without it multi-line reasoning never matches and both format rewards stay at 0.
-# `(?>...)` keeps its first match: the same texts match as in the gist, but hostile ones take no quadratic time.
-SOFT_FORMAT = re.compile(r"(?s)<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>")
+# `++`, `*+` and `(?>...)` keep their first match: the same texts match as in the gist, but hostile ones take no
+# quadratic time.
+SOFT_FORMAT = re.compile(r"(?s)<reasoning>(?:[^<]++|<(?!/reasoning>\s*<answer>))*+</reasoning>\s*<answer>.*?</answer>")
 STRICT_FORMAT = re.compile(r"(?s)^<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n$")
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![.0-9])\.[0-9]++"
 NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)])[-−]\$?|\$[-−]?)?(?:{DIGITS})(?:/[0-9]++)?")  # no sign in `10-3`
 OPERATOR = r"[-−+*/×÷]|\bx\b"
+TERM = re.compile(rf"{DIGITS}|{OPERATOR}")
 EQUATION = re.compile(
     rf"(?<![0-9.,])((?:(?:{DIGITS})[A-Za-z ]{{0,20}}(?:{OPERATOR})[ $]{{0,3}}){{1,8}}(?:{DIGITS}))"
     rf"[A-Za-z ]{{0,20}}=[ $]{{0,3}}(?=({DIGITS}))"  # the result may begin the next equation
@@ -145,7 +147,7 @@ def equations(text: str) -> list[bool]:
 
 def is_true(left: str, right: str) -> bool:
     """Does the calculation `left` give the number `right`? A result with decimals may be rounded to them."""
-    first, *rest = re.findall(rf"{DIGITS}|{OPERATOR}", left.replace(",", ""))
+    first, *rest = TERM.findall(left.replace(",", ""))
     terms = [float(first)]  # to be added up; `*` and `/` act on the last one
     for operator, number in zip(rest[::2], map(float, rest[1::2]), strict=True):
         if operator in "+-−":

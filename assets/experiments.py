@@ -2,9 +2,10 @@
 
     python assets/experiments.py settings    # which learning rate: judged on questions that are not the test questions
     python assets/experiments.py parts       # one part changed at a time, measured on the test questions
+    python assets/experiments.py updates     # six steps in fp32 and in bf16: how far the weights move
 
-They write assets/runs/settings.jsonl and assets/runs/parts.jsonl, and go on after a run that is there already. As many
-runs at a time as there are cores, each with one thread: about 90 seconds a run on two cores.
+They write assets/runs/<name>.jsonl, a line a run, and pass over a run that is there already. As many runs at a time as
+there are cores, each with one thread: about two minutes for two runs on two cores.
 """
 
 import json
@@ -40,34 +41,54 @@ PARTS = {
     "loss dr_grpo, rewards not scaled": "--loss_type dr_grpo --scale_rewards none",
     "loss dapo": "--loss_type dapo",
     "scored at the sampling temperature": "--temperature 0.9",
+    "weights in bf16": "--dtype bfloat16",
+}
+UPDATES = {
+    f"{dtype}, learning rate {rate}": f"--dtype {dtype} --learning_rate {rate} --max_steps 6 --save_steps 6"
+    for rate in ("5e-6", "2e-4")
+    for dtype in ("float32", "bfloat16")
 }
 HARD_SHARE = 0.908  # of the committed questions, as assets/tiny/make.py chose it
 
 
 def run_one(name: str, flags: str, seed: int, out: Path, data: str) -> dict:
     """One laptop run as a user starts it, 60 steps of 64 completions; its line of the table."""
-    command = ["grpo_demo.py", "--config", "assets/tiny/config.yaml", *flags.split(), "--seed", str(seed)]
-    command += ["--output_dir", str(out), "--dataset_name", data, "--max_steps", "60", "--save_steps", "60"]
+    command = ["grpo_demo.py", "--config", "assets/tiny/config.yaml", "--max_steps", "60", "--save_steps", "60"]
+    command += ["--seed", str(seed), "--output_dir", str(out), "--dataset_name", data, *flags.split()]
     command += ["--report_to", "none", "--log_completions", "False", "--disable_tqdm", "True"]
     single = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=HERE.parent, env=single, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}, seed {seed}: exit {done.returncode}\n{done.stderr[-2000:]}")
-    log = json.loads((out / "checkpoint-60" / "trainer_state.json").read_text())["log_history"][:60]
+    (state,) = out.glob("checkpoint-*/trainer_state.json")
+    log = [step for step in json.loads(state.read_text())["log_history"] if "reward" in step]
     kept = ["rewards/soft_format_reward_func/mean", "rewards/strict_format_reward_func/mean", "accuracy/strict"]
     kept += ["accuracy/lenient", "frac_reward_zero_std", "kl", "completions/mean_length"]
     curve = {key: [round(step.get(key, 0.0), 4) for step in log] for key in kept}  # without beta there is no kl
     evaluation = json.loads((out / "evaluation.json").read_text())
     measured = {k: {c: v[c]["value"] for c in v} for k, v in evaluation["measurements"].items()}
     row = {"change": name, "flags": flags, "seed": seed, "date": str(date.today()), **environment()}
-    return row | {"verdict": evaluation["verdict"], "gain": evaluation["gain"], "measured": measured, "curve": curve}
+    row |= {"moved": moved(out), "verdict": evaluation["verdict"], "gain": evaluation["gain"]}
+    return row | {"measured": measured, "curve": curve}
+
+
+def moved(out: Path) -> dict[str, float]:
+    """How far training took the weights from the embedded model's: share that is not the same, relative distance."""
+    from safetensors.torch import load_file
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (HERE / "tiny", out))
+    pairs = [(before[name].double(), after[name].double()) for name in before]
+    changed = sum((b != a).sum().item() for b, a in pairs) / sum(b.numel() for b, _ in pairs)
+    distance = sum(((b - a) ** 2).sum().item() for b, a in pairs) / sum((b**2).sum().item() for b, _ in pairs)
+    return {"changed": changed, "distance": distance**0.5}
 
 
 def main() -> None:
-    kind = sys.argv[1] if len(sys.argv) == 2 else ""
-    if kind not in ("settings", "parts"):
+    kinds = {"settings": (SETTINGS, [3, 4, 5]), "parts": (PARTS, [42, 1, 2]), "updates": (UPDATES, [42, 1, 2])}
+    if len(sys.argv) != 2 or sys.argv[1] not in kinds:
         raise SystemExit(__doc__)
-    path, changes, seeds = HERE / "runs" / f"{kind}.jsonl", SETTINGS if kind == "settings" else PARTS, [42, 1, 2]
+    kind, (changes, seeds) = sys.argv[1], kinds[sys.argv[1]]
+    path = HERE / "runs" / f"{kind}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     there = {(row["change"], row["seed"]) for row in map(json.loads, lines)}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -76,7 +97,7 @@ def main() -> None:
             sys.path.insert(0, str(HERE / "tiny"))
             from make import write_rows
 
-            data, seeds = folder, [3, 4, 5]
+            data = folder
             Path(folder, "train.jsonl").write_bytes((HERE / "tiny" / "train.jsonl").read_bytes())
             write_rows(Path(folder, "test.jsonl"), "validation", 512, HARD_SHARE, seed=7)
         wanted = [(name, flags, seed) for seed in seeds for name, flags in changes.items()]

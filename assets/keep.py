@@ -1,7 +1,8 @@
 """Nothing lost: what keeps a run of `grpo_demo.py` when it is killed, cut off or starved. No learning happens here.
 
 `open_output` decides what the output directory is: new, to be gone on with, finished, or somebody else's. `Watch` is
-the callback that saves on SIGTERM and Ctrl-C, opens W&B where new steps begin, and warns of silent failure.
+the callback that saves on SIGTERM and Ctrl-C, opens W&B where new steps begin, and warns of silent failure. `report`
+prints and keeps the evaluation.
 """
 
 import errno
@@ -16,13 +17,16 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import pandas as pd
 import torch
 import wandb
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.integrations import WandbCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.extras.profiling import profiling_context
+
+from rewards import figures, verdict
 
 FREE_SETTINGS = [
     "evaluate",
@@ -44,6 +48,20 @@ def say(message: str, error: bool = False, end: str = "\n") -> None:
 
 class UserError(Exception):
     """What a user can cause and mend: `main` prints it as one line and exits with status 2."""
+
+
+def check_gpu(args: GRPOConfig) -> None:
+    """UserError where there is no GPU that can do what `args` asks for; TRL would say so less clearly."""
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA GPU here. On a laptop: python grpo_demo.py --config assets/tiny/config.yaml")
+    if (n := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
+        n = 1 << n.bit_length() - 1  # as many as share 64 completions evenly
+        launch = f"accelerate launch --num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
+        raise UserError(
+            f"several GPUs for one process. Use {n}: {launch}; or one: CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
+        )
+    if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add --bf16 False --fp16 True --dtype float32")
 
 
 def open_output(args: GRPOConfig, config: dict, rows: Dataset) -> tuple[dict, str | None]:
@@ -122,6 +140,28 @@ def last_logged_step(out: Path) -> int:
         summary = json.loads(read.stdout)["summary"] if read.returncode == 0 else {}
         last = max(last, int(summary.get("train/global_step", 0)))
     return last
+
+
+def report(measured: dict[str, list[dict]], args: GRPOConfig, model_args: ModelConfig) -> None:
+    """Print the table and, of three measurements, the verdict; keep them as `evaluation.json` and in W&B."""
+    settings = {k: getattr(args, k) for k in ("dataset_name", "max_completion_length", "seed", "output_dir")}
+    result = {"settings": {"model": model_args.model_name_or_path, **settings, "decoding": "greedy"}}
+    result["measurements"] = {name: figures(rows) for name, rows in measured.items()}
+    say("\n" + "".join(f"{title:>27}" for title in [f"{len(next(iter(measured.values())))} questions", *measured]))
+    for column in ["strict_format", "soft_format", "strict_accuracy", "lenient_accuracy", "truncated", "tokens"]:
+        cells = [result["measurements"][name][column] for name in measured]
+        cell = "{:.1f} [{:.1f}, {:.1f}]" if column == "tokens" else "{:.1%} [{:.1%}, {:.1%}]"
+        say(f"{column:>27}" + "".join(f"{cell.format(c['value'], *c['interval']):>27}" for c in cells))
+    if len(measured) == 3:
+        result |= verdict(*measured.values(), one_shot=args.one_shot)
+        say("\n".join(["", f"verdict: {result['verdict']}", *result["sentences"]]))
+    if args.process_index == 0:
+        write_atomically(Path(args.output_dir, "evaluation.json"), result)
+    if wandb.run:
+        for name, rows in measured.items():
+            wandb.run.summary.update({f"eval/{name}/{k}": v["value"] for k, v in result["measurements"][name].items()})
+            wandb.log({f"eval/{name}": wandb.Table(dataframe=pd.DataFrame(rows[:50]))})
+        wandb.run.summary.update({f"eval/{k}": result[k] for k in ("verdict", "sentences") if k in result})
 
 
 class Watch(WandbCallback):

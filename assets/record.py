@@ -40,7 +40,8 @@ def samples(out: Path) -> list[dict]:
     files = sorted(out.glob("completions/*.parquet"))
     kept = []
     for file in [*files[:2], *files[-2:]]:
-        for row in pd.read_parquet(file).iloc[:: 64 // 5].head(5).to_dict("records"):
+        table = pd.read_parquet(file)
+        for row in table.iloc[:: max(1, len(table) // 5)].head(5).to_dict("records"):
             row |= {"question": row.pop("prompt")[-1]["content"], "completion": row["completion"][0]["content"]}
             kept.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     return kept
@@ -80,19 +81,20 @@ def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str,
     """Mean seconds of each part of a step, without the first one; together the time from one log line to the next.
 
     TRL's timers do not cover backward: it is what `step_time` has beside `_prepare_inputs` and `compute_loss`. The
-    reference's log-probs are timed first in each step, then those of the policy, once a micro-batch.
+    reference's log-probs are timed once a generation, before those of the policy, once a micro-batch.
     """
     steps = len(metrics)
 
-    def seconds(name: str, pick: slice = slice(None)) -> float:
+    def seconds(name: str, every: int = 1) -> float:
+        """A step's seconds of a timer; with `every`, of its first entry and of each that comes so many later."""
         values = timers.get(name, [])
-        per = len(values) // steps
-        return sum(sum(values[i : i + per][pick]) for i in range(per, len(values), per)) / (steps - 1) if per else 0.0
+        return sum(values[len(values) // steps :: every]) / (steps - 1)
 
     generate = sum(seconds(name) for name in timers if "generate" in name)
-    logps = "_get_per_token_logps_and_entropies"
-    first = int(len(timers[logps]) > len(timers["compute_loss"]))  # with beta 0 there is no reference
-    reference, policy = seconds(logps, slice(0, first)), seconds(logps, slice(first, None))
+    logps, losses = "_get_per_token_logps_and_entropies", len(timers["compute_loss"])
+    references = len(timers[logps]) - losses  # none with beta 0
+    reference = seconds(logps, every=losses // references + 1) if references else 0.0
+    policy = seconds(logps) - reference
     step_time = sum(m["step_time"] for m in metrics[1:]) / (steps - 1)
     parts = {
         "generate": generate,

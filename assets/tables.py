@@ -5,6 +5,7 @@ python assets/tables.py        # writes them into README.md
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -73,10 +74,22 @@ def reliability() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"
 
 
+def benchmark() -> str:
+    """What assets/benchmark.md says of the laptop: its first two tables and what follows from them."""
+    first, second = (HERE / "benchmark.md").read_text().split("### ")[1:3]
+    split = {line.split(" | ")[0].strip("| "): line.strip(" |").split(" | ")[1:] for line in second.splitlines()[2:]}
+    share = [cell.split(", ")[1] for cell in split["generate"]]
+    text = f"One generate call of 64 in the place of the gist's four takes generation from {share[2]} of a step to "
+    text += f"{share[0]}, and an hour holds {split['steps an hour'][0]} steps instead of {split['steps an hour'][2]}. "
+    text += f"The five rewards are {split['five rewards'][0].split(', ')[1]} of a step."
+    tables = [table.partition("\n\n")[2].strip() for table in (first, second)]
+    return "\n".join([*textwrap.wrap(text, 120), "", tables[0], "", tables[1], ""])
+
+
 def main() -> None:
     path = HERE.parent / "README.md"
     text = path.read_text()
-    for name, table in (("results", results()), ("reliability", reliability())):
+    for name, table in (("results", results()), ("benchmark", benchmark()), ("reliability", reliability())):
         text = re.sub(
             rf"<!-- {name} -->\n.*?<!-- /{name} -->",
             lambda _, n=name, t=table: f"<!-- {n} -->\n{t}<!-- /{n} -->",

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,24 +53,53 @@ def race(*functions, rounds: int = 5) -> list[float]:
     """Seconds of the fastest of `rounds` runs of each function; they take turns, and the first turn does not count."""
     times = [[] for _ in functions]
     for i in range(rounds + 1):
+        turn()
         for function, kept in zip(functions, times, strict=True):
             begun = time.perf_counter()
             function()
             kept += [time.perf_counter() - begun] if i else []
+    turn(last=True)
     return [min(kept) for kept in times]
 
 
-def child(what: str, *flags: str, **env: str) -> dict:
-    """What the function named `what` measures in a process of its own, given flags of grpo_demo.py."""
+def children(*jobs: tuple) -> list[dict]:
+    """Measurements in processes of their own: each a function's name, flags of grpo_demo.py, and `env:NAME=VALUE`.
+
+    They run at the same time and take turns, a step each: a machine that is slow for a minute is slow for all.
+    """
+    pipes, running, answers = [os.pipe() for _ in jobs], [], []
     with tempfile.TemporaryDirectory() as folder:
-        answer, out = Path(folder, "answer.json"), str(Path(folder, "out"))
-        clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-        clean |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "HF_HUB_OFFLINE": "1", "STARTED": str(time.time())}
-        command = [sys.executable, __file__, "--child", what, str(answer), *flags, "--output_dir", out]
-        done = subprocess.run(command, cwd=ROOT, env=clean | env, capture_output=True, text=True)
-        if not answer.exists():
-            raise SystemExit(f"{what} {flags}: exit {done.returncode}\n{done.stderr[-3000:]}")
-        return json.loads(answer.read_text())
+        for i, (what, *flags) in enumerate(jobs):
+            answer, ring = Path(folder, f"{i}.json"), (pipes[i][0], pipes[(i + 1) % len(jobs)][1])
+            env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+            env |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "HF_HUB_OFFLINE": "1", "STARTED": str(time.time())}
+            env |= {"RING": json.dumps(ring)} if len(jobs) > 1 else {}
+            env |= dict(flag[4:].split("=") for flag in flags if flag.startswith("env:"))
+            command = [sys.executable, __file__, "--child", what, str(answer)]
+            command += [flag for flag in flags if not flag.startswith("env:")] + [
+                "--output_dir",
+                str(Path(folder, str(i))),
+            ]
+            with answer.with_suffix(".log").open("w") as log:
+                process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=ring, stdout=log, stderr=log)
+            running.append((answer, process))
+        os.write(pipes[0][1], b".")
+        for end in itertools.chain(*pipes):
+            os.close(end)
+        for job, (answer, process) in zip(jobs, running, strict=True):
+            if process.wait() or not answer.exists():
+                raise SystemExit(f"{job}: {answer.with_suffix('.log').read_text()[-3000:]}")
+            answers.append(json.loads(answer.read_text()))
+    return answers
+
+
+def turn(last: bool = False) -> None:
+    """Pass the turn on to the next process of a ring, and, unless it was the last one, wait for the next."""
+    if ring := json.loads(os.environ.get("RING", "[]")):
+        with contextlib.suppress(BrokenPipeError):  # the next one has ended
+            os.write(ring[1], os.environ.pop("HAS_TURN", "").encode())
+        if not last:
+            os.environ["HAS_TURN"] = os.read(ring[0], 1).decode()
 
 
 # --- measurements, each in a process of its own: flags of grpo_demo.py in, seconds out
@@ -115,45 +145,51 @@ def first_step(flags: list[str]) -> dict:
 
 
 def stamp(trainer) -> list[float]:
-    """A list that gets the time of the beginning of each step, and of the end of training."""
+    """A list that gets the seconds of each step, from its beginning to the next one's."""
     from transformers import TrainerCallback
 
-    times: list[float] = []
+    seconds: list[float] = []
 
     class Stamp(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            times.append(time.perf_counter())
+        begun = None
 
-        on_train_end = on_step_begin
+        def on_step_begin(self, args, state, control, **kwargs):
+            if self.begun:
+                seconds.append(time.perf_counter() - self.begun)
+            turn()
+            self.begun = time.perf_counter()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            seconds.append(time.perf_counter() - self.begun)
+            turn(last=True)
 
     trainer.add_callback(Stamp())
-    return times
-
-
-def between(times: list[float]) -> list[float]:
-    return [b - a for a, b in itertools.pairwise(times)]
+    return seconds
 
 
 def script(flags: list[str]) -> dict:
-    """Steps of grpo_demo.py: seconds of each, from its beginning to the next one's; the split of the time; memory."""
+    """Steps of grpo_demo.py: seconds of each, the split of their time, peak memory."""
     import torch
     from record import collect, time_split
 
     import grpo_demo
 
-    build, times = grpo_demo.build_trainer, []
+    build, steps = grpo_demo.build_trainer, []
 
     def build_and_stamp(*args):
         trainer = build(*args)
-        times.append(stamp(trainer))
+        steps.append(stamp(trainer))
         return trainer
 
     grpo_demo.build_trainer = build_and_stamp
     grpo_demo.main(flags)
-    split = {} if "none" in flags else time_split(*collect(Path(flags[-1]))[:2])
+    (seconds,), split = steps, {}
+    if "none" not in flags:
+        split = time_split(*collect(Path(flags[-1]))[:2])
+        split["the rest"] += sum(seconds[1:]) / len(seconds[1:]) - sum(split.values())  # without waiting for others
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": between(times[0]), "split": split, "peak": peak or resident}
+    return {"seconds": seconds, "split": split, "peak": peak or resident}
 
 
 def bare(flags: list[str]) -> dict:
@@ -164,9 +200,9 @@ def bare(flags: list[str]) -> dict:
     grpo_demo.REWARD_FUNCS = [gist_xmlcount, gist_soft, gist_strict, gist_int, gist_correctness]
     rows = grpo_demo.get_gsm8k_questions("train", args.dataset_name, args.dataset_config)
     trainer = grpo_demo.build_trainer(args, model_args, rows)
-    times = stamp(trainer)
+    seconds = stamp(trainer)
     trainer.train()
-    return {"seconds": between(times)}
+    return {"seconds": seconds}
 
 
 def generate_laptop(flags: list[str]) -> dict:
@@ -267,22 +303,19 @@ def cpu() -> None:
     from rewards import REWARD_FUNCS
 
     head("The laptop default, on a CPU", "what", "measured", "beside", "ratio")
-    begin = min((child("first_step", *LAPTOP) for _ in range(2)), key=lambda x: x["total"])
+    begin = min((children(("first_step", *LAPTOP))[0] for _ in range(2)), key=lambda x: x["total"])
     share = ", ".join(f"{k} {v / begin['total']:.0%}" for k, v in begin["parts"].items())
     say("start to the end of the first step", f"{begin['total']:.1f} s", share, "100%")
 
-    short = [*LAPTOP, "--max_steps", "12", "--evaluate", "False"]
-    names = {"script": ("script", short), "bare": ("bare", short), "one": ("script", [*short, *ONE_CALL])}
-    names["four"] = ("script", [*short, *FOUR_CALLS])
-    runs = {name: [] for name in names}
-    for _ in range(3):  # by turns; the same seed gives the same completions, so that step i is the same work each time
-        for name, (what, flags) in names.items():
-            runs[name].append(child(what, *flags))
-    step = {k: sum(map(min, *[r["seconds"][1:] for r in v])) / 11 for k, v in runs.items()}
-    other = f"{step['bare']:.3f} s: a bare GRPOTrainer with the gist's rewards"
-    say("a step of the script", f"{step['script']:.3f} s", other, f"{step['script'] / step['bare']:.3f}")
+    short = [*LAPTOP, "--max_steps", "16", "--evaluate", "False"]  # same seed, same completions: the same work
+    jobs = [("bare", *short), ("script", *short), ("script", *short, *ONE_CALL), ("script", *short, *FOUR_CALLS)]
+    plain, *ways = children(*jobs)
+    ratio = statistics.median(x / y for x, y in zip(ways[0]["seconds"][1:], plain["seconds"][1:], strict=True))
+    step, other = (statistics.median(run["seconds"][1:]) for run in (ways[0], plain))
+    beside = f"{other:.3f} s: a bare GRPOTrainer with the gist's rewards, the same step by turns"
+    say("a step of the script", f"{step:.3f} s", beside, f"{ratio:.3f}, median of 15 ratios")
 
-    spin, passive = child("generate_laptop", *LAPTOP), child("generate_laptop", *LAPTOP, GOMP_SPINCOUNT="0")
+    spin, passive = children(("generate_laptop", *LAPTOP), ("generate_laptop", *LAPTOP, "env:GOMP_SPINCOUNT=0"))
     ratio = f"{spin['four'] / spin['one']:.2f} x faster"
     say("one generate call of 64 rows", f"{spin['one']:.2f} s", f"{spin['four']:.2f} s: the gist's four of 16", ratio)
     ratio = f"{passive['one'] / spin['one']:.2f} x faster"
@@ -296,25 +329,25 @@ def cpu() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             [f(**texts) for f in gist]
 
-    def plain() -> None:
+    def ours() -> None:
         [f(**texts) for f in REWARD_FUNCS]
 
-    ours, theirs, full = race(plain, silent, lambda: [f(**metrics) for f in REWARD_FUNCS], rounds=200)
+    mine, theirs, full = race(ours, silent, lambda: [f(**metrics) for f in REWARD_FUNCS], rounds=200)
     beside = f"{1000 * theirs:.2f} ms: the gist's functions, transcribed"
-    say("five rewards, 64 completions of 1,000 characters", f"{1000 * ours:.2f} ms", beside, f"{ours / theirs:.2f}")
+    say("five rewards, 64 completions of 1,000 characters", f"{1000 * mine:.2f} ms", beside, f"{mine / theirs:.2f}")
     say("the same with accuracy and equations beside them", f"{1000 * full:.2f} ms", "as above", f"{full / theirs:.2f}")
 
-    head("Where a step's time goes", "part", "the gist's way: four calls of 16", "one call, micro-batch 16", "default")
-    splits = [min(runs[name], key=lambda r: sum(r["seconds"]))["split"] for name in ("four", "one", "script")]
-    for part in splits[0]:
-        say(part, *(f"{s[part]:.3f} s, {s[part] / sum(s.values()):.1%}" for s in splits))
-    say("together", *(f"{sum(s.values()):.3f} s, 100%" for s in splits))
-    say("steps an hour", *(f"{3600 / step[name]:,.0f}" for name in ("four", "one", "script")))
+    head("Where a step's time goes", "part", "default", "micro-batch 16", "the gist's way: four calls of 16")
+    for part in ways[0]["split"]:
+        say(part, *(f"{w['split'][part]:.3f} s, {w['split'][part] / sum(w['split'].values()):.1%}" for w in ways))
+    say("together", *(f"{sum(w['split'].values()):.3f} s, 100%" for w in ways))
+    say("steps an hour", *(f"{3600 / sum(w['split'].values()):,.0f}" for w in ways))
 
     head("Memory against the micro-batch", "completions a backward pass", "peak memory", "a step")
     for size in (1, 4, 16, 64):
         flags = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(64 // size)]
-        got = child("script", *LAPTOP, *flags, "--max_steps", "3", "--evaluate", "False", "--report_to", "none")
+        short = ["--max_steps", "3", "--evaluate", "False", "--report_to", "none"]
+        (got,) = children(("script", *LAPTOP, *flags, *short))
         say(size, f"{got['peak'] / 1e6:,.0f} MB", f"{min(got['seconds']):.2f} s")
     print(f"\n{torch.get_num_threads()} threads; memory is the process's resident set, torch and W&B included.")
 
@@ -489,10 +522,10 @@ class Bench:
 
         with mock.patch.multiple(grpo_demo, GRPOTrainer=Fixed, REWARD_FUNCS=[every_fourth]):
             trainer = grpo_demo.build_trainer(args, model_args, rows)
-        times = stamp(trainer)
+        seconds = stamp(trainer)
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
-        return min(between(times)[1:]), trainer.state.log_history[0]["grad_norm"]
+        return min(seconds[1:]), trainer.state.log_history[0]["grad_norm"]
 
 
 def gpu(name: str) -> None:
@@ -594,7 +627,7 @@ def gpu(name: str) -> None:
         first = None
         for title, flags in ways.items():
             try:
-                got = child("script", *flags)
+                (got,) = children(("script", *flags))
             except SystemExit as error:
                 say(title, " ".join(str(error).split())[-120:], *[""] * 4)
                 continue

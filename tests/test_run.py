@@ -13,6 +13,7 @@ from conftest import ROOT, gsm8k, needs_gsm8k, run, wandb_rows
 from datasets import load_dataset_builder
 
 import grpo_demo
+from assets.record import collect, time_split
 from rewards import REWARD_FUNCS
 
 CONFIG = ("--config", "assets/tiny/config.yaml")
@@ -73,6 +74,15 @@ def test_wandb_holds_everything(laptop):
     table = json.loads(tables[-1].read_text())
     assert {"prompt", "completion", "gold", "extracted", "advantage", *NAMES} <= set(table["columns"])
     assert len(table["data"]) == 64
+
+
+def test_the_time_split_of_a_step(laptop):
+    metrics, timers, _ = collect(laptop[0])
+    split = time_split(metrics, timers)
+    whole = (metrics[-1]["runtime"] - metrics[0]["runtime"]) / 59
+    print({part: f"{seconds / whole:.2%}" for part, seconds in split.items()})
+    assert sum(split.values()) == pytest.approx(whole) and min(split.values()) > -0.01 * whole
+    assert split["five rewards"] < 0.01 * whole < split["backward"] < split["generate"]
 
 
 def test_wandb_holds_the_configuration(laptop):

@@ -151,9 +151,10 @@ def errors(monkeypatch, tmp_path, *flags: str) -> dict[str, float]:
     [
         [],
         ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"],
+        ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"],
         ["--gradient_checkpointing", "True"],
     ],
-    ids=["8x1", "2x4", "checkpointing"],
+    ids=["8x1", "2x4", "1x8", "checkpointing"],
 )
 def test_the_trainer_is_the_formula(monkeypatch, tmp_path, flags):
     found = errors(monkeypatch, tmp_path, *flags)
