@@ -3,10 +3,12 @@
     python assets/record.py outputs/tiny laptop-42      # writes assets/runs/laptop-42, well under 1 MB
 
 `record.json` (command, versions, hardware, settings), `metrics.jsonl` (a line a step), `timers.json` (W&B's profiling
-timers, seconds, one list a name), `evaluation.json`, `samples.json` (20 early and late completions, their rewards).
+timers, seconds, one list a name), `evaluation.json`, `samples.json` (20 early and late completions, their rewards),
+`group.json` (all completions of one prompt).
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -35,16 +37,23 @@ def history(out: Path) -> tuple[list[dict], dict]:
     return rows, started
 
 
-def samples(out: Path) -> list[dict]:
-    """Ten completions of the first two steps and ten of the last two, one a group, with rewards and advantage."""
-    files = sorted(out.glob("completions/*.parquet"))
-    kept = []
+def samples(out: Path) -> tuple[list[dict], list[dict]]:
+    """Ten completions of the first two steps and ten of the last two, with rewards and advantage; and a whole group.
+
+    The group is the one of the first two steps with the most different rewards.
+    """
+
+    def plain(row: dict) -> dict:
+        row |= {"question": row.pop("prompt")[-1]["content"], "completion": row["completion"][0]["content"]}
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+
+    files, kept, groups = sorted(out.glob("completions/*.parquet")), [], []
     for file in [*files[:2], *files[-2:]]:
-        table = pd.read_parquet(file)
-        for row in table.iloc[:: max(1, len(table) // 5)].head(5).to_dict("records"):
-            row |= {"question": row.pop("prompt")[-1]["content"], "completion": row["completion"][0]["content"]}
-            kept.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    return kept
+        rows = [plain(row) for row in pd.read_parquet(file).to_dict("records")]
+        kept += rows[:: max(1, len(rows) // 5)][:5]
+        groups += [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["question"])]
+    early = [group for group in groups if group[0]["step"] <= 2]
+    return kept, max(early, key=lambda group: len({row["advantage"] for row in group}))
 
 
 def environment() -> dict:
@@ -125,7 +134,8 @@ def main() -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m, sort_keys=True) + "\n" for m in metrics))
     (folder / "timers.json").write_text(json.dumps(timers) + "\n")
     (folder / "evaluation.json").write_text((out / "evaluation.json").read_text())
-    (folder / "samples.json").write_text(json.dumps(samples(out), indent=1, default=str) + "\n")
+    for name, rows in zip(("samples", "group"), samples(out), strict=True):
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1, default=str) + "\n")
     print(folder, f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB, {len(metrics)} steps")
 
 

@@ -210,7 +210,7 @@ def test_errors_are_one_line_and_status_2(tmp_path, flags, named):
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    code = "import grpo_demo, rewards; print('wandb.run', grpo_demo.wandb.run)"
+    code = "import grpo_demo, rewards, wandb; print('wandb.run', wandb.run)"
     env = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.stdout, done.returncode, list(tmp_path.iterdir())) == ("wandb.run None\n", 0, [])
@@ -227,7 +227,7 @@ def test_importing_has_no_side_effects(tmp_path):
 
 
 def test_nothing_knows_the_embedded_model():
-    text = (ROOT / "grpo_demo.py").read_text()
-    code = text.split('"""', 2)[2]
+    texts = [(ROOT / name).read_text() for name in ("grpo_demo.py", "rewards.py", "assets/keep.py")]
+    code = "".join(text.split('"""', 2)[2] for text in texts)
     assert code.count("tiny") == 1 and "--config assets/tiny/config.yaml" in code
     assert json.dumps(sorted(p.name for p in (ROOT / "assets/tiny").iterdir() if p.suffix == ".py")) == '["make.py"]'
