@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from assets.record import time_split  # noqa: E402
 from rewards import is_lenient_correct  # noqa: E402
 
 REWARDS = ["xmlcount", "soft_format", "strict_format", "int", "simple_correctness"]
@@ -50,17 +51,12 @@ def p1(name: str = "laptop-42") -> None:
     """Where the time of a step goes, and the five rewards with strict and lenient accuracy."""
     metrics, timers = load(name)
     steps = range(1, len(metrics) + 1)
-    per_step = {k: sum(v) / len(metrics) for k, v in timers.items()}
-    total = sum(m["step_time"] for m in metrics) / len(metrics)
-    logps = per_step["_get_per_token_logps_and_entropies"]
-    loss = per_step["compute_loss"]
-    rewards = [(r, per_step[f"{r}_reward_func"]) for r in REWARDS]
-    parts = [("generate", per_step["transformers.generate"]), ("policy log-probs, loss", loss)]
-    parts += [("reference log-probs", max(0.0, logps - loss)), ("five rewards", sum(t for _, t in rewards))]
-    parts += [("backward and the rest", total - sum(t for _, t in parts))]
+    parts = time_split(metrics, timers)
+    total = sum(parts.values())
+    rewards = [(name, sum(timers[f"{name}_reward_func"]) / len(metrics)) for name in REWARDS]
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4), gridspec_kw={"width_ratios": [1.15, 1, 1.3]})
-    rows = [*[(n, t, COLORS[0]) for n, t in parts], *[(f"  {n}", t, COLORS[4]) for n, t in rewards]][::-1]
+    rows = [*[(n, t, COLORS[0]) for n, t in parts.items()], *[(f"  {n}", t, COLORS[4]) for n, t in rewards]][::-1]
     left.barh([n for n, _, _ in rows], [1000 * t for _, t, _ in rows], color=[c for _, _, c in rows])
     left.set_xscale("log")
     for i, (_, t, _) in enumerate(rows):
@@ -74,13 +70,12 @@ def p1(name: str = "laptop-42") -> None:
         )
     left.set_xlim(right=left.get_xlim()[1] * 4)
     panel(left, f"milliseconds of a step of {total:.2f} s")
-    for reward, color in zip(REWARDS[:4], COLORS, strict=False):
-        middle.plot(
-            steps, smooth([m[f"rewards/{reward}_reward_func/mean"] for m in metrics]), color=color, label=reward
-        )
-    middle.set_ylim(-0.05, 0.55)
+    for reward, most, color in zip(REWARDS, [0.5, 0.5, 0.5, 0.5, 2.0], COLORS, strict=True):
+        curve = smooth([m[f"rewards/{reward}_reward_func/mean"] / most for m in metrics])
+        middle.plot(steps, curve, color=color, label=reward)
+    middle.set_ylim(-0.05, 1.05)
     middle.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
-    panel(middle, "format rewards (at most 0.5)")
+    panel(middle, "rewards, as shares of the most they pay")
     for key, color, label in (
         ("lenient", COLORS[0], "lenient: right in any form"),
         ("strict", COLORS[4], "strict: right and readable"),

@@ -67,7 +67,7 @@ def environment() -> dict:
     return {
         "hardware": {"cpu": name, "cores": os.cpu_count()} | ({"gpu": gpu} if gpu else {}),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages},
     }
 
 

@@ -1,14 +1,18 @@
-"""README's tables, from the records in assets/runs.
+"""README's tables, from the records in assets/runs and from assets/benchmark.md.
 
 python assets/tables.py        # writes them into README.md
 """
 
 import json
-import re
+import statistics
+import sys
 import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from rewards import EXAMPLES, REWARD_FUNCS  # noqa: E402
+
 SEEDS = [42, 1, 2]
 MEASURED = ["before_zero_shot", "before_one_shot", "after_zero_shot"]
 
@@ -26,42 +30,53 @@ def runs() -> list[tuple[dict, list[dict], dict]]:
     ]
 
 
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [titles, ["---"] * len(titles), *rows])
+
+
 def results() -> str:
-    """The laptop run at three seeds, with 95% intervals."""
-    lines = [
-        f"| laptop run, 512 test questions | {' | '.join(f'seed {s}' for s in SEEDS)} |",
-        "|---|" + "---|" * len(SEEDS),
-    ]
-
-    def row(title: str, cells) -> None:
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-
-    def share(evaluation: dict, when: str, what: str) -> str:
-        figure = evaluation["measurements"][when][what]
-        return "{:.1%} [{:.1%}, {:.1%}]".format(figure["value"], *figure["interval"])
-
+    """The evaluation of the laptop run at three seeds, with 95% intervals."""
+    evaluations, rows = [e for e, _, _ in runs()], []
     for what in ("strict_format", "strict_accuracy", "lenient_accuracy"):
         for when in MEASURED:
+            figures = [e["measurements"][when][what] for e in evaluations]
             title = f"{what.replace('_', ' ')}, {when.split('_', 1)[0]}{' (one-shot)' if 'one' in when else ''}"
-            row(title, [share(e, when, what) for e, _, _ in runs()])
-    points = "{:+.1f} [{:+.1f}, {:+.1f}]"
-    row(
-        "gain in strict accuracy, points",
-        [points.format(*(100 * x for x in e["gain"]["strict_accuracy"])) for e, _, _ in runs()],
+            rows.append([title, *("{:.1%} [{:.1%}, {:.1%}]".format(f["value"], *f["interval"]) for f in figures)])
+    for title, key in (("gain in strict accuracy, points", "strict_accuracy"), ("of it reasoning", "reasoning")):
+        gains = [[100 * x for x in e["gain"][key]] for e in evaluations]
+        rows.append([title, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*g) for g in gains)])
+    rows.append(["of it format", *(f"{100 * e['gain']['format']:+.1f}" for e in evaluations)])
+    rows.append(["**verdict**", *(f"**{e['verdict']}**" for e in evaluations)])
+    return table(["laptop run, 512 test questions", *(f"seed {seed}" for seed in SEEDS)], rows)
+
+
+def course() -> str:
+    """What changes in the course of the laptop run: means of the first and of the last ten steps."""
+    rows = []
+
+    def ends(title: str, key: str, form: str, widest: bool = False) -> None:
+        cells = []
+        for _, metrics, _ in runs():
+            tens = [sum(m[key] for m in metrics[i - 10 : i]) / 10 for i in range(10, len(metrics) + 1)]
+            picked = [tens[0], *([max(tens)] if widest else []), tens[-1]]
+            cells.append(", ".join(map(form.format, picked)))
+        rows.append([title, *cells])
+
+    ends("soft format reward, at most 0.5", "rewards/soft_format_reward_func/mean", "{:.3f}")
+    ends("strict format reward, at most 0.5", "rewards/strict_format_reward_func/mean", "{:.3f}")
+    title = "its standard deviation: first, widest and last ten steps"
+    ends(title, "rewards/strict_format_reward_func/std", "{:.3f}", widest=True)
+    ends("xmlcount reward, at most 0.5", "rewards/xmlcount_reward_func/mean", "{:.3f}")
+    ends("correctness reward, at most 2", "rewards/simple_correctness_reward_func/mean", "{:.3f}")
+    ends("groups in which all rewards are equal", "frac_reward_zero_std", "{:.0%}")
+    ends("tokens a completion", "completions/mean_length", "{:.1f}")
+    ends("equations a completion", "reasoning/steps", "{:.2f}")
+    ends("equations that are true", "reasoning/valid_steps", "{:.1%}")
+    ends("KL to the untrained model", "kl", "{:.3f}")
+    rows.append(
+        ["seconds from the first step to the verdict", *(f"{record['seconds']:.0f}" for _, _, record in runs())]
     )
-    row("of it reasoning", [points.format(*(100 * x for x in e["gain"]["reasoning"])) for e, _, _ in runs()])
-    row("of it format", [f"{100 * e['gain']['format']:+.1f}" for e, _, _ in runs()])
-    row("**verdict**", [f"**{e['verdict']}**" for e, _, _ in runs()])
-    for name, title in (
-        ("soft_format", "soft format reward"),
-        ("strict_format", "strict format reward"),
-        ("xmlcount", "xmlcount reward"),
-        ("simple_correctness", "correctness reward"),
-    ):
-        values = [[m[f"rewards/{name}_reward_func/mean"] for m in metrics] for _, metrics, _ in runs()]
-        row(f"{title}, first and last 10 steps", [f"{sum(v[:10]) / 10:.3f}, {sum(v[-10:]) / 10:.3f}" for v in values])
-    row("seconds from the first step to the verdict", [f"{record['seconds']:.0f}" for _, _, record in runs()])
-    return "\n".join(lines) + "\n"
+    return table(["laptop run, first and last ten steps", *(f"seed {seed}" for seed in SEEDS)], rows)
 
 
 def reliability() -> str:
@@ -70,8 +85,101 @@ def reliability() -> str:
     RELIABILITY=assets/runs/reliability.jsonl python -m pytest tests/test_nothing_lost.py
     """
     rows = [json.loads(line) for line in (HERE / "runs" / "reliability.jsonl").read_text().splitlines()]
-    lines = ["| fault | tried | recovered | steps lost |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"
+    return table(["fault", "tried", "recovered", "steps lost"], rows)
+
+
+REWARDS = ["xmlcount", "soft", "strict", "int", "correct"]
+
+
+def code(text: str) -> str:
+    return "`" + text.replace("\n", "\\n") + "`"
+
+
+def examples() -> str:
+    """The five rewards by example, as `python rewards.py` prints them."""
+    rows = []
+    for _, text, why in EXAMPLES:
+        got = [f(completions=[[{"content": text}]], answer=["18"])[0] for f in REWARD_FUNCS]
+        rows.append([code(text), *(f"{reward:.3f}" for reward in got), f"**{sum(got):.3f}**", why])
+    return table(["completion; the gold answer is 18", *REWARDS, "sum", "why"], rows)
+
+
+def group() -> str:
+    """A group of the run on record: its rewards, and the advantages that follow from them."""
+    group = json.loads((HERE / "runs" / "laptop-42" / "group.json").read_text())
+    got = [[row[f.__name__] for f in REWARD_FUNCS] for row in group]
+    mean, std = statistics.mean(map(sum, got)), statistics.stdev(map(sum, got))
+    rows = []
+    for row, rewards in zip(group, got, strict=True):
+        cells = [f"{reward:.3f}" for reward in [*rewards, sum(rewards)]]
+        rows.append([code(row["completion"]), *cells, f"{(sum(rewards) - mean) / (std + 1e-4):+.3f}"])
+    text = (
+        f"Step {group[0]['step']}, *{group[0]['question']}* The gold answer is {group[0]['gold']}; the rewards have a "
+    )
+    text += f"mean of {mean:.3f} and a standard deviation of {std:.3f}.\n\n"
+    return text + table([f"its {len(group)} completions", *REWARDS, "reward", "advantage"], rows)
+
+
+def lines(name: str) -> dict[str, list[dict]]:
+    """The runs of assets/experiments.py, by what was changed."""
+    changes: dict[str, list[dict]] = {}
+    for row in map(json.loads, (HERE / "runs" / f"{name}.jsonl").read_text().splitlines()):
+        changes.setdefault(row["change"], []).append(row)
+    return changes
+
+
+def spread(values: list[float], form: str = "{:.1%}") -> str:
+    """Mean over seeds, and the smallest and the largest."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return form.format(sum(values) / len(values)) + (f" ({low} to {high})" if low != high else "")
+
+
+def strict_format(row: dict, last: int = 10) -> float:
+    """The strict format reward at the end of a run, mean of its last steps; at most 0.5."""
+    return sum(row["curve"]["rewards/strict_format_reward_func/mean"][-last:]) / last
+
+
+def steps_until_format(row: dict) -> int:
+    """The first step at which half of the completions of the last five steps were strict XML; 61 if it never came."""
+    curve = row["curve"]["rewards/strict_format_reward_func/mean"]
+    return next((i for i in range(5, 61) if sum(curve[i - 5 : i]) >= 5 * 0.25), 61)
+
+
+def settings() -> str:
+    """How the laptop's learning rate was chosen: on validation questions, with seeds of their own."""
+    rows = []
+    for change, runs in lines("settings").items():
+        accuracy = [
+            [r["measured"][w]["lenient_accuracy"] for r in runs] for w in ("before_zero_shot", "after_zero_shot")
+        ]
+        reward = spread([strict_format(run) for run in runs], "{:.3f}")
+        rows.append([change.removeprefix("learning rate "), reward, *map(spread, accuracy)])
+    titles = ["learning rate", "strict format reward, last ten steps", "lenient accuracy before", "after"]
+    return table(titles, rows)
+
+
+def parts() -> str:
+    """What each part of the recipe does: the laptop run with one thing changed."""
+    rows = []
+    for change, runs in lines("parts").items():
+        after = [run["measured"]["after_zero_shot"] for run in runs]
+        cells = [spread([a[c] for a in after]) for c in ("strict_accuracy", "lenient_accuracy")]
+        cells.append(spread([steps_until_format(run) for run in runs], "{:.0f}").replace("61", "never"))
+        cells.append(spread([2 * strict_format(run) for run in runs], "{:.0%}"))
+        rows.append([change, *cells, spread([sum(run["curve"]["kl"][-10:]) / 10 for run in runs], "{:.2f}")])
+    titles = ["changed", "strict accuracy", "lenient accuracy", "steps until format", "strict XML, last ten steps"]
+    return table([*titles, "KL"], rows)
+
+
+def updates() -> str:
+    """What bf16 does to small updates: six steps, and how far the weights have moved."""
+    rows = []
+    for change, runs in lines("updates").items():
+        moved = [
+            spread([run["moved"][k] for run in runs], f) for k, f in (("changed", "{:.1%}"), ("distance", "{:.1e}"))
+        ]
+        rows.append([change, *moved])
+    return table(["weights and Adam's state in", "weights that changed", "distance moved, relative"], rows)
 
 
 def benchmark() -> str:
@@ -86,16 +194,16 @@ def benchmark() -> str:
     return "\n".join([*textwrap.wrap(text, 120), "", tables[0], "", tables[1], ""])
 
 
+TABLES = [results, examples, group, course, settings, parts, updates, benchmark, reliability]
+
+
 def main() -> None:
     path = HERE.parent / "README.md"
     text = path.read_text()
-    for name, table in (("results", results()), ("benchmark", benchmark()), ("reliability", reliability())):
-        text = re.sub(
-            rf"<!-- {name} -->\n.*?<!-- /{name} -->",
-            lambda _, n=name, t=table: f"<!-- {n} -->\n{t}<!-- /{n} -->",
-            text,
-            flags=re.DOTALL,
-        )
+    for make in TABLES:
+        start, end = f"<!-- {make.__name__} -->\n", f"<!-- /{make.__name__} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + make() + end + rest.partition(end)[2]
     path.write_text(text)
 
 

@@ -1,8 +1,11 @@
-"""Where the time of a run goes, and what makes it less. Each table is measured in one go, side by side.
+"""Where the time of a run goes, and what makes it less.
 
-python tests/benchmark.py > assets/benchmark.md              # the laptop default, on the CPU: about 10 minutes
-python tests/benchmark.py --gpu >> assets/benchmark.md       # the real shape with random weights, on one CUDA GPU
-python tests/benchmark.py --gpu --shape tiny                 # the same code on any CPU, at a shape that says nothing
+    python tests/benchmark.py > assets/benchmark.md              # the laptop default, on the CPU: about 5 minutes
+    python tests/benchmark.py --gpu >> assets/benchmark.md       # the real shape with random weights, on one CUDA GPU
+    python tests/benchmark.py --gpu --only training              # one part of it: generation, training or whole
+    python tests/benchmark.py --gpu --shape tiny                 # the same code on any CPU, at a tiny shape
+
+What is compared runs by turns, so that a machine that is slow for a minute is slow for both.
 """
 
 import argparse
@@ -43,10 +46,10 @@ def say(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def head(title: str, *columns: str) -> None:
+def head(title: str, columns: str) -> None:
     print(f"\n### {title}\n")
-    say(*columns)
-    say(*["---"] * len(columns))
+    say(*columns.split(", "))
+    say(*["---"] * len(columns.split(", ")))
 
 
 def race(*functions, rounds: int = 5) -> list[float]:
@@ -76,10 +79,8 @@ def children(*jobs: tuple) -> list[dict]:
             env |= {"RING": json.dumps(ring)} if len(jobs) > 1 else {}
             env |= dict(flag[4:].split("=") for flag in flags if flag.startswith("env:"))
             command = [sys.executable, __file__, "--child", what, str(answer)]
-            command += [flag for flag in flags if not flag.startswith("env:")] + [
-                "--output_dir",
-                str(Path(folder, str(i))),
-            ]
+            command += [flag for flag in flags if not flag.startswith("env:")]
+            command += ["--output_dir", str(Path(folder, str(i)))]
             with answer.with_suffix(".log").open("w") as log:
                 process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=ring, stdout=log, stderr=log)
             running.append((answer, process))
@@ -302,7 +303,7 @@ def cpu() -> None:
 
     from rewards import REWARD_FUNCS
 
-    head("The laptop default, on a CPU", "what", "measured", "beside", "ratio")
+    head("The laptop default, on a CPU", "what, measured, beside, ratio")
     begin = min((children(("first_step", *LAPTOP))[0] for _ in range(2)), key=lambda x: x["total"])
     share = ", ".join(f"{k} {v / begin['total']:.0%}" for k, v in begin["parts"].items())
     say("start to the end of the first step", f"{begin['total']:.1f} s", share, "100%")
@@ -337,13 +338,13 @@ def cpu() -> None:
     say("five rewards, 64 completions of 1,000 characters", f"{1000 * mine:.2f} ms", beside, f"{mine / theirs:.2f}")
     say("the same with accuracy and equations beside them", f"{1000 * full:.2f} ms", "as above", f"{full / theirs:.2f}")
 
-    head("Where a step's time goes", "part", "default", "micro-batch 16", "the gist's way: four calls of 16")
+    head("Where a step's time goes", "part, default, micro-batch 16, the gist's way: four calls of 16")
     for part in ways[0]["split"]:
         say(part, *(f"{w['split'][part]:.3f} s, {w['split'][part] / sum(w['split'].values()):.1%}" for w in ways))
     say("together", *(f"{sum(w['split'].values()):.3f} s, 100%" for w in ways))
     say("steps an hour", *(f"{3600 / sum(w['split'].values()):,.0f}" for w in ways))
 
-    head("Memory against the micro-batch", "completions a backward pass", "peak memory", "a step")
+    head("Memory against the micro-batch", "completions a backward pass, peak memory, a step")
     for size in (1, 4, 16, 64):
         flags = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(64 // size)]
         short = ["--max_steps", "3", "--evaluate", "False", "--report_to", "none"]
@@ -367,6 +368,9 @@ SHAPES = {
         "tokens": 12, "median": 6, "questions": 1, "copy": 2**20, "matrix": 128, "micro": [16, 64], "memory": [0.05],
     },
 }  # fmt: skip
+
+
+PARTS = ["generation", "training", "whole"]
 
 
 class Bench:
@@ -527,116 +531,95 @@ class Bench:
             trainer.train()
         return min(seconds[1:]), trainer.state.log_history[0]["grad_norm"]
 
-
-def gpu(name: str) -> None:
-    import torch
-    from transformers.utils import is_flash_attn_2_available
-
-    shape = SHAPES[name]
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(shape, Path(folder))
-        where = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-        print(
-            f"\n{where}: {bench.bandwidth / 1e9:,.0f} GB/s copying, {bench.flops / 1e12:,.1f} TFLOP/s multiplying ",
-            end="",
-        )
-        print(f"{shape['matrix']} x {shape['matrix']} matrices; {bench.model.num_parameters():,} random weights.")
-
-        head(
-            "64 completions",
-            "backend",
-            "lengths",
-            "seconds",
-            "tokens/s",
-            "x floor",
-            "peak",
-            "greedy tokens as one call",
-        )
-        backends = {"four calls of 16 (the gist)": lambda n, g: bench.generate(n, 16, g)}
-        backends["one call of 64"] = lambda n, g: bench.generate(n, 64, g)
-        for percent in shape["memory"]:
-            for graphs in (False, True) if bench.device.type == "cuda" else (False,):
+    def generation(self) -> None:
+        """Backends: seconds, distance to the floor, and whether greedy decoding gives the tokens of one call."""
+        head("64 completions", "backend, lengths, seconds, tokens/s, x floor, peak, greedy tokens as one call")
+        backends = {"four calls of 16 (the gist)": lambda n, g: self.generate(n, 16, g)}
+        backends["one call of 64"] = lambda n, g: self.generate(n, 64, g)
+        for percent in self.shape["memory"]:
+            for graphs in (False, True) if self.device.type == "cuda" else (False,):
                 title = f"continuous batching, {percent:.0%} of memory{', CUDA graphs' if graphs else ''}"
                 settings = {"max_memory_percent": percent, "use_cuda_graph": graphs}
-                backends[title] = lambda n, g, s=settings: bench.continuous(n, g, **s)
-        best = {}
-        for profile, lengths in bench.profiles.items():
-            expected = bench.generate(lengths, 64, True)
+                backends[title] = lambda n, g, s=settings: self.continuous(n, g, **s)
+        for profile, lengths in self.profiles.items():
+            short = [min(n, 64) for n in lengths]
+            expected = self.generate(short, 64, True)
             for title, backend in backends.items():
-                bench.clear()
+                self.clear()
                 try:
-                    got = backend(lengths, True)
-                    seconds, peak = (
-                        race(lambda b=backend, n=lengths: bench.sync(b(n, False)), rounds=1)[0],
-                        bench.peak(),
-                    )
+                    got = backend(short, True)  # and with it everything is warm
+                    begun = time.perf_counter()
+                    backend(lengths, False)
+                    self.sync()
+                    seconds = time.perf_counter() - begun
                 except Exception as error:  # out of memory, or a backend that does not run here: its row says so
                     say(title, profile, f"{type(error).__name__}: {' '.join(str(error).split())[:80]}", *[""] * 4)
                     continue
                 pairs = [x == y for a, b in zip(got, expected, strict=True) for x, y in zip(a, b, strict=True)]
-                floor, rate = bench.decode_floor(lengths), sum(lengths) / seconds
-                same = f"{sum(pairs) / len(pairs):.1%}"
-                say(title, profile, f"{seconds:.2f}", f"{rate:,.0f}", f"{seconds / floor:.1f}", peak, same)
-                best[profile] = min(best.get(profile, (math.inf, "")), (seconds, title))
+                floor, rate = f"{seconds / self.decode_floor(lengths):.1f}", f"{sum(lengths) / seconds:,.0f}"
+                say(title, profile, f"{seconds:.2f}", rate, floor, self.peak(), f"{sum(pairs) / len(pairs):.1%}")
         with contextlib.suppress(ImportError):
             import vllm
 
             say(f"vLLM {vllm.__version__}", "is installed: compare with --use_vllm --vllm_mode colocate", *[""] * 5)
 
-        columns = [
-            "attention",
-            "checkpointing",
-            "micro-batch",
-            "lengths",
-            "seconds",
-            "x floor",
-            "peak",
-            "gradient norm",
-        ]
-        head("A step without its generation", *columns)
-        bench.model.to("cpu")
-        attentions = ["sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
-        settings = [("sdpa", False, m, "") for m in shape["micro"]]
-        settings += [(a, c, m, "") for a in attentions for c in (False, True) for m in (shape["micro"][0], 16)]
-        settings += [("sdpa", c, shape["micro"][0], "--use_peft") for c in (False, True)]
-        for profile, lengths in bench.profiles.items():
-            for attention, checkpointing, micro, lora in dict.fromkeys(settings):
-                bench.clear()
-                title = [attention + (", LoRA" if lora else ""), "on" if checkpointing else "off", micro, profile]
-                flags = ["--attn_implementation", attention, "--gradient_checkpointing", str(checkpointing)]
-                try:
-                    seconds, norm = bench.train(lengths, micro, *flags, *([lora] if lora else []))
-                except torch.OutOfMemoryError:
-                    say(*title, "out of memory", "", bench.peak(), "")
-                    continue
-                say(
-                    *title,
-                    f"{seconds:.2f}",
-                    f"{seconds / bench.train_floor(lengths):.1f}",
-                    bench.peak(),
-                    f"{norm:.5g}",
-                )
+    def training(self) -> None:
+        """A step on fixed completions: attention, checkpointing, micro-batch, LoRA."""
+        from transformers.utils import is_flash_attn_2_available
 
-        head("The script, three steps", "way", "seconds a step", "steps an hour", "generation's share", "peak", "ratio")
-        ways = {"the gist's: four calls of 16, micro-batch 16": bench.flags(16, "--steps_per_generation", "1")}
-        ways |= {f"one call of 64, micro-batch {m}": bench.flags(m) for m in dict.fromkeys([shape["micro"][0], 16])}
-        for percent in shape["memory"]:
+        columns = "attention, checkpointing, micro-batch, lengths, seconds, x floor, peak, gradient norm"
+        head("A step without its generation", columns)
+        self.model.to("cpu")
+        smallest, flash = self.shape["micro"][0], is_flash_attn_2_available()
+        settings = [("sdpa", False, micro, "") for micro in self.shape["micro"]]
+        settings += [(a, c, 16, "") for a in ("sdpa", *["flash_attention_2"] * flash) for c in (False, True)]
+        settings += [("sdpa", checkpointing, smallest, "--use_peft") for checkpointing in (False, True)]
+        jobs = [(*self.profiles.items(),)[0] + setting for setting in dict.fromkeys(settings)]
+        jobs += [(*self.profiles.items(),)[1] + ("sdpa", False, micro, "") for micro in dict.fromkeys([smallest, 16])]
+        for profile, lengths, attention, checkpointing, micro, lora in jobs:
+            self.clear()
+            title = [attention + (", LoRA" if lora else ""), "on" if checkpointing else "off", micro, profile]
+            flags = ["--attn_implementation", attention, "--gradient_checkpointing", str(checkpointing)]
+            try:
+                seconds, norm = self.train(lengths, micro, *flags, *([lora] if lora else []))
+            except self.torch.OutOfMemoryError:
+                say(*title, "out of memory", "", self.peak(), "")
+                continue
+            floor = f"{seconds / self.train_floor(lengths):.1f}"
+            say(*title, f"{seconds:.2f}", floor, self.peak(), f"{norm:.5g}")
+
+    def whole(self) -> None:
+        """The script's second step, generation and all: the gist's way first, the others as ratios of it."""
+        head("The script", "way, seconds a step, steps an hour, generation's share, peak, x faster")
+        self.model.to("cpu")
+        self.clear()
+        ways = {"the gist's: four calls of 16, micro-batch 16": self.flags(16, "--steps_per_generation", "1")}
+        ways |= {f"one call of 64, micro-batch {m}": self.flags(m) for m in dict.fromkeys([self.shape["micro"][0], 16])}
+        for percent in self.shape["memory"]:
             batching = ["--use_transformers_continuous_batching", "True", "--transformers_continuous_batching_config"]
-            flags = bench.flags(16, *batching, json.dumps({"max_memory_percent": percent}))
+            flags = self.flags(16, *batching, json.dumps({"max_memory_percent": percent}))
             ways[f"continuous batching, {percent:.0%} of memory, micro-batch 16"] = flags
         first = None
         for title, flags in ways.items():
             try:
-                (got,) = children(("script", *flags))
+                (got,) = children(("script", *flags, "--max_steps", "2"))
             except SystemExit as error:
                 say(title, " ".join(str(error).split())[-120:], *[""] * 4)
                 continue
-            seconds, split = min(got["seconds"][1:]), got["split"]
+            seconds, split = got["seconds"][1], got["split"]
             first = first or seconds
-            share = f"{split['generate'] / sum(split.values()):.0%}"
-            peak = f"{got['peak'] / 1e9:.1f} GB"
+            share, peak = f"{split['generate'] / sum(split.values()):.0%}", f"{got['peak'] / 1e9:.1f} GB"
             say(title, f"{seconds:.2f}", f"{3600 / seconds:,.0f}", share, peak, f"{first / seconds:.2f}")
-        print("\nFastest generation: " + "; ".join(f"{p}: {t}, {s:.2f} s" for p, (s, t) in best.items()) + ".")
+
+
+def gpu(name: str, only: str | None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(SHAPES[name], Path(folder))
+        where = bench.torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+        rates = f"{bench.bandwidth / 1e9:,.0f} GB/s copying, {bench.flops / 1e12:,.1f} TFLOP/s multiplying"
+        print(f"\n{where}: {rates} matrices; {bench.model.num_parameters():,} random weights.")
+        for part in [only] if only else PARTS:
+            getattr(bench, part)()
 
 
 def main() -> None:
@@ -647,6 +630,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the real shape, on one GPU")
+    parser.add_argument("--only", choices=PARTS, help="one part of --gpu")
     parser.add_argument("--shape", choices=SHAPES, default="1.5b", help="of --gpu")
     args = parser.parse_args()
     from record import environment
@@ -654,11 +638,9 @@ def main() -> None:
     facts = environment()
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "trl"))
     hardware = ", ".join(f"{v} {k}" if k == "cores" else str(v) for k, v in facts["hardware"].items())
-    print(
-        f"## {date.today()}: `python {' '.join(['tests/benchmark.py', *sys.argv[1:]])}`\n\n{hardware}; {versions}.",
-        flush=True,
-    )
-    gpu(args.shape) if args.gpu else cpu()
+    print(f"## {date.today()}: `python {' '.join(['tests/benchmark.py', *sys.argv[1:]])}`")
+    print(f"\n{hardware}; {versions}.", flush=True)
+    gpu(args.shape, args.only) if args.gpu else cpu()
 
 
 if __name__ == "__main__":
