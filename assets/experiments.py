@@ -41,7 +41,6 @@ PARTS = {
     "loss dr_grpo, rewards not scaled": "--loss_type dr_grpo --scale_rewards none",
     "loss dapo": "--loss_type dapo",
     "scored at the sampling temperature": "--temperature 0.9",
-    "weights in bf16": "--dtype bfloat16",
 }
 UPDATES = {
     f"{dtype}, learning rate {rate}": f"--dtype {dtype} --learning_rate {rate} --max_steps 6 --save_steps 6"
@@ -104,7 +103,11 @@ def main() -> None:
         missing = [job for job in wanted if (job[0], job[2]) not in there]
         jobs = [pool.submit(run_one, *job, Path(folder, str(i)), data) for i, job in enumerate(missing)]
         for job in jobs:  # in the order of the table, whichever ends first
-            row = job.result()
+            try:
+                row = job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row["change"], row["seed"], row["verdict"], row["measured"]["after_zero_shot"], flush=True)

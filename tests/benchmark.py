@@ -5,7 +5,7 @@
     python tests/benchmark.py --gpu --only training              # one part of it: generation, training or whole
     python tests/benchmark.py --gpu --shape tiny                 # the same code on any CPU, at a tiny shape
 
-What is compared runs by turns, so that a machine that is slow for a minute is slow for both.
+What is compared on the CPU runs by turns, so that a machine that is slow for a minute is slow for both.
 """
 
 import argparse
@@ -187,7 +187,9 @@ def script(flags: list[str]) -> dict:
     (seconds,), split = steps, {}
     if "none" not in flags:
         split = time_split(*collect(Path(flags[-1]))[:2])
-        split["the rest"] += sum(seconds[1:]) / len(seconds[1:]) - sum(split.values())  # without waiting for others
+        split["the rest"] += statistics.mean(seconds[1:-1] or seconds[1:]) - sum(
+            split.values()
+        )  # without waiting for others
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "split": split, "peak": peak or resident}
@@ -303,7 +305,7 @@ def cpu() -> None:
 
     from rewards import REWARD_FUNCS
 
-    head("The laptop default, on a CPU", "what, measured, beside, ratio")
+    head("The laptop default, on a CPU", "what, measured, beside, how they compare")
     begin = min((children(("first_step", *LAPTOP))[0] for _ in range(2)), key=lambda x: x["total"])
     share = ", ".join(f"{k} {v / begin['total']:.0%}" for k, v in begin["parts"].items())
     say("start to the end of the first step", f"{begin['total']:.1f} s", share, "100%")
@@ -311,10 +313,10 @@ def cpu() -> None:
     short = [*LAPTOP, "--max_steps", "16", "--evaluate", "False"]  # same seed, same completions: the same work
     jobs = [("bare", *short), ("script", *short), ("script", *short, *ONE_CALL), ("script", *short, *FOUR_CALLS)]
     plain, *ways = children(*jobs)
-    ratio = statistics.median(x / y for x, y in zip(ways[0]["seconds"][1:], plain["seconds"][1:], strict=True))
-    step, other = (statistics.median(run["seconds"][1:]) for run in (ways[0], plain))
+    steps = [run["seconds"][1:-1] for run in (ways[0], plain)]  # at the last one the others are ending
+    ratio, (step, other) = statistics.median(x / y for x, y in zip(*steps, strict=True)), map(statistics.mean, steps)
     beside = f"{other:.3f} s: a bare GRPOTrainer with the gist's rewards, the same step by turns"
-    say("a step of the script", f"{step:.3f} s", beside, f"{ratio:.3f}, median of 15 ratios")
+    say("a step of the script", f"{step:.3f} s", beside, f"{ratio:.3f}, median of 14 ratios")
 
     spin, passive = children(("generate_laptop", *LAPTOP), ("generate_laptop", *LAPTOP, "env:GOMP_SPINCOUNT=0"))
     ratio = f"{spin['four'] / spin['one']:.2f} x faster"
@@ -335,8 +337,18 @@ def cpu() -> None:
 
     mine, theirs, full = race(ours, silent, lambda: [f(**metrics) for f in REWARD_FUNCS], rounds=200)
     beside = f"{1000 * theirs:.2f} ms: the gist's functions, transcribed"
-    say("five rewards, 64 completions of 1,000 characters", f"{1000 * mine:.2f} ms", beside, f"{mine / theirs:.2f}")
-    say("the same with accuracy and equations beside them", f"{1000 * full:.2f} ms", "as above", f"{full / theirs:.2f}")
+    say(
+        "five rewards, 64 completions of 1,000 characters",
+        f"{1000 * mine:.2f} ms",
+        beside,
+        f"{mine / theirs:.2f} of it",
+    )
+    say(
+        "the same with accuracy and equations beside them",
+        f"{1000 * full:.2f} ms",
+        "as above",
+        f"{full / theirs:.2f} times it",
+    )
 
     head("Where a step's time goes", "part, default, micro-batch 16, the gist's way: four calls of 16")
     for part in ways[0]["split"]:
@@ -350,7 +362,9 @@ def cpu() -> None:
         short = ["--max_steps", "3", "--evaluate", "False", "--report_to", "none"]
         (got,) = children(("script", *LAPTOP, *flags, *short))
         say(size, f"{got['peak'] / 1e6:,.0f} MB", f"{min(got['seconds']):.2f} s")
-    print(f"\n{torch.get_num_threads()} threads; memory is the process's resident set, torch and W&B included.")
+    print(
+        f"\n{torch.get_num_threads()} threads; memory is the resident set of the process, torch included, without W&B."
+    )
 
 
 # --- the GPU's tables
@@ -430,9 +444,11 @@ class Bench:
         read += kept * sum(len(p) + t for p, n in zip(self.prompts, lengths, strict=True) for t in range(n))
         return read * self.dtype.itemsize / self.bandwidth
 
-    def train_floor(self, lengths: list[int]) -> float:
-        """Seconds of 8 FLOPs a weight and token: 2 for the reference, 2 forward and 4 backward for the policy."""
-        return 8 * self.model.num_parameters() * (sum(map(len, self.prompts)) + sum(lengths)) / self.flops
+    def train_floor(self, lengths: list[int], lora: str) -> float:
+        """Seconds of 8 FLOPs a weight and token: 2 for the reference, 2 forward, 4 backward (2 with LoRA)."""
+        return (
+            (6 if lora else 8) * self.model.num_parameters() * (sum(map(len, self.prompts)) + sum(lengths)) / self.flops
+        )
 
     def generate(self, lengths: list[int], size: int = 64, greedy: bool = False) -> list[list[int]]:
         """`generate` in calls of `size` rows; a row is done at its length, a call when its longest row is."""
@@ -465,7 +481,7 @@ class Bench:
     @staticmethod
     def sampling(greedy: bool, tokens: int) -> dict:
         how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 1.0}
-        return how | {"max_new_tokens": tokens, "pad_token_id": 0}  # without an EOS token: it is held off
+        return how | {"max_new_tokens": tokens, "pad_token_id": 0, "eos_token_id": -1}  # no EOS: it is held off
 
     def continuous(self, lengths: list[int], greedy: bool = False, **settings) -> list[list[int]]:
         """Continuous batching, set up anew in each call, as TRL does; a row that is done makes room."""
@@ -476,7 +492,7 @@ class Bench:
         hints = WorkloadHints(
             max_prompt_length=max(map(len, self.prompts)), max_generated_length=max(lengths), num_requests=64
         )
-        config, done = GenerationConfig(**self.sampling(greedy, max(lengths)), eos_token_id=-1), {}
+        config, done = GenerationConfig(**self.sampling(greedy, max(lengths))), {}
         with (
             self.torch.no_grad(),
             self.model.continuous_batching_context_manager(
@@ -489,6 +505,8 @@ class Bench:
             order = [manager.add_request(p, max_new_tokens=n) for p, n in zip(self.prompts, lengths, strict=True)]
             while len(done) < 64:
                 result = manager.get_result(timeout=1)
+                if result is not None and result.error:
+                    raise RuntimeError(result.error)
                 if result is not None and result.is_finished():
                     done[result.request_id] = result.generated_tokens
                 elif result is None and not manager.is_running():
@@ -511,7 +529,8 @@ class Bench:
         """A step without its generation: seconds, and the norm of its gradient before clipping."""
         import grpo_demo
 
-        completions = [[random.Random(i).randrange(3, 800) for _ in range(n)] for i, n in enumerate(lengths)]
+        rng = random.Random(0)
+        completions = [[rng.randrange(3, 800) for _ in range(n)] for n in lengths]
 
         class Fixed(grpo_demo.GRPOTrainer):
             def _generate_single_turn(self, *args, **kwargs):
@@ -552,10 +571,10 @@ class Bench:
                     backend(lengths, False)
                     self.sync()
                     seconds = time.perf_counter() - begun
+                    pairs = [x == y for a, b in zip(got, expected, strict=True) for x, y in zip(a, b, strict=True)]
                 except Exception as error:  # out of memory, or a backend that does not run here: its row says so
                     say(title, profile, f"{type(error).__name__}: {' '.join(str(error).split())[:80]}", *[""] * 4)
                     continue
-                pairs = [x == y for a, b in zip(got, expected, strict=True) for x, y in zip(a, b, strict=True)]
                 floor, rate = f"{seconds / self.decode_floor(lengths):.1f}", f"{sum(lengths) / seconds:,.0f}"
                 say(title, profile, f"{seconds:.2f}", rate, floor, self.peak(), f"{sum(pairs) / len(pairs):.1%}")
         with contextlib.suppress(ImportError):
@@ -582,15 +601,15 @@ class Bench:
             flags = ["--attn_implementation", attention, "--gradient_checkpointing", str(checkpointing)]
             try:
                 seconds, norm = self.train(lengths, micro, *flags, *([lora] if lora else []))
-            except self.torch.OutOfMemoryError:
-                say(*title, "out of memory", "", self.peak(), "")
+            except Exception as error:
+                say(*title, f"{type(error).__name__}: {' '.join(str(error).split())[:80]}", "", self.peak(), "")
                 continue
-            floor = f"{seconds / self.train_floor(lengths):.1f}"
+            floor = f"{seconds / self.train_floor(lengths, lora):.1f}"
             say(*title, f"{seconds:.2f}", floor, self.peak(), f"{norm:.5g}")
 
     def whole(self) -> None:
         """The script's second step, generation and all: the gist's way first, the others as ratios of it."""
-        head("The script", "way, seconds a step, steps an hour, generation's share, peak, x faster")
+        head("The script, its second step", "way, seconds a step, steps an hour, generation's share, peak, x faster")
         self.model.to("cpu")
         self.clear()
         ways = {"the gist's: four calls of 16, micro-batch 16": self.flags(16, "--steps_per_generation", "1")}
@@ -607,7 +626,7 @@ class Bench:
                 say(title, " ".join(str(error).split())[-120:], *[""] * 4)
                 continue
             seconds, split = got["seconds"][1], got["split"]
-            first = first or seconds
+            first = first or (seconds if title.startswith("the gist's") else float("nan"))
             share, peak = f"{split['generate'] / sum(split.values()):.0%}", f"{got['peak'] / 1e9:.1f} GB"
             say(title, f"{seconds:.2f}", f"{3600 / seconds:,.0f}", share, peak, f"{first / seconds:.2f}")
 
@@ -625,6 +644,8 @@ def gpu(name: str, only: str | None) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         what, answer, *flags = sys.argv[2:]
+        if what != "first_step":
+            import grpo_demo  # noqa: F401 - before torch: it says how OpenMP's threads wait
         result = globals()[what](flags)
         Path(answer).write_text(json.dumps(result))
         return
