@@ -75,7 +75,7 @@ def p1(name: str = "laptop-42") -> None:
         middle.plot(steps, curve, color=color, label=reward)
     middle.set_ylim(-0.05, 1.05)
     middle.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
-    panel(middle, "rewards, as shares of the most they pay")
+    panel(middle, "rewards, of the most they pay")
     for key, color, label in (
         ("lenient", COLORS[0], "lenient: right in any form"),
         ("strict", COLORS[4], "strict: right and readable"),

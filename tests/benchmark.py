@@ -1,6 +1,6 @@
 """Where the time of a run goes, and what makes it less.
 
-    python tests/benchmark.py > assets/benchmark.md              # the laptop default, on the CPU: about 5 minutes
+    python tests/benchmark.py > assets/benchmark.md              # the laptop default, on the CPU: about 6 minutes
     python tests/benchmark.py --gpu >> assets/benchmark.md       # the real shape with random weights, on one CUDA GPU
     python tests/benchmark.py --gpu --only training              # one part of it: generation, training or whole
     python tests/benchmark.py --gpu --shape tiny                 # the same code on any CPU, at a tiny shape
@@ -186,10 +186,11 @@ def script(flags: list[str]) -> dict:
     grpo_demo.main(flags)
     (seconds,), split = steps, {}
     if "none" not in flags:
-        split = time_split(*collect(Path(flags[-1]))[:2])
-        split["the rest"] += statistics.mean(seconds[1:-1] or seconds[1:]) - sum(
-            split.values()
-        )  # without waiting for others
+        metrics, timers, _ = collect(Path(flags[-1]))
+        kept = len(metrics) - (len(metrics) > 2)  # without the last one, in which the run ends
+        timers = {name: values[: len(values) // len(metrics) * kept] for name, values in timers.items()}
+        split = time_split(metrics[:kept], timers)
+        split["the rest"] += statistics.mean(seconds[1:kept]) - sum(split.values())  # without waiting for others
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "split": split, "peak": peak or resident}
@@ -310,13 +311,13 @@ def cpu() -> None:
     share = ", ".join(f"{k} {v / begin['total']:.0%}" for k, v in begin["parts"].items())
     say("start to the end of the first step", f"{begin['total']:.1f} s", share, "100%")
 
-    short = [*LAPTOP, "--max_steps", "16", "--evaluate", "False"]  # same seed, same completions: the same work
-    jobs = [("bare", *short), ("script", *short), ("script", *short, *ONE_CALL), ("script", *short, *FOUR_CALLS)]
-    plain, *ways = children(*jobs)
-    steps = [run["seconds"][1:-1] for run in (ways[0], plain)]  # at the last one the others are ending
-    ratio, (step, other) = statistics.median(x / y for x, y in zip(*steps, strict=True)), map(statistics.mean, steps)
-    beside = f"{other:.3f} s: a bare GRPOTrainer with the gist's rewards, the same step by turns"
-    say("a step of the script", f"{step:.3f} s", beside, f"{ratio:.3f}, median of 14 ratios")
+    short = [*LAPTOP, "--evaluate", "False", "--max_steps"]  # same seed, same completions: the same work
+    pair = children(("bare", *short, "32"), ("script", *short, "32"))
+    plain, ours = (run["seconds"][1:-1] for run in pair)  # not the first and the last, in which things begin and end
+    ratio = statistics.median(y / x for x, y in zip(plain, ours, strict=True))
+    beside = f"{statistics.median(plain):.3f} s: a bare GRPOTrainer with the gist's rewards, the same step by turns"
+    say("a step of the script", f"{statistics.median(ours):.3f} s", beside, f"{ratio:.3f}, median of 30 ratios")
+    ways = children(*(("script", *short, "14", *more) for more in ([], ONE_CALL, FOUR_CALLS)))
 
     spin, passive = children(("generate_laptop", *LAPTOP), ("generate_laptop", *LAPTOP, "env:GOMP_SPINCOUNT=0"))
     ratio = f"{spin['four'] / spin['one']:.2f} x faster"
@@ -332,10 +333,10 @@ def cpu() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             [f(**texts) for f in gist]
 
-    def ours() -> None:
+    def rewards() -> None:
         [f(**texts) for f in REWARD_FUNCS]
 
-    mine, theirs, full = race(ours, silent, lambda: [f(**metrics) for f in REWARD_FUNCS], rounds=200)
+    mine, theirs, full = race(rewards, silent, lambda: [f(**metrics) for f in REWARD_FUNCS], rounds=200)
     beside = f"{1000 * theirs:.2f} ms: the gist's functions, transcribed"
     say(
         "five rewards, 64 completions of 1,000 characters",
