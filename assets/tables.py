@@ -134,9 +134,9 @@ def spread(values: list[float], form: str = "{:.1%}") -> str:
     return form.format(sum(values) / len(values)) + (f" ({low} to {high})" if low != high else "")
 
 
-def strict_format(row: dict, last: int = 10) -> float:
-    """The strict format reward at the end of a run, mean of its last steps; at most 0.5."""
-    return sum(row["curve"]["rewards/strict_format_reward_func/mean"][-last:]) / last
+def at_the_end(row: dict, key: str = "rewards/strict_format_reward_func/mean") -> float:
+    """Mean of the last ten steps of a curve; the strict format reward is at most 0.5."""
+    return sum(row["curve"][key][-10:]) / 10
 
 
 def steps_until_format(row: dict) -> int:
@@ -152,7 +152,7 @@ def settings() -> str:
         accuracy = [
             [r["measured"][w]["lenient_accuracy"] for r in runs] for w in ("before_zero_shot", "after_zero_shot")
         ]
-        reward = spread([strict_format(run) for run in runs], "{:.3f}")
+        reward = spread([at_the_end(run) for run in runs], "{:.3f}")
         rows.append([change.removeprefix("learning rate "), reward, *map(spread, accuracy)])
     titles = ["learning rate", "strict format reward, last ten steps", "lenient accuracy before", "after"]
     return table(titles, rows)
@@ -166,8 +166,8 @@ def parts() -> str:
         cells = [spread([a[c] for a in after]) for c in ("strict_format", "strict_accuracy", "lenient_accuracy")]
         steps = [steps_until_format(run) for run in runs]
         cells.append(spread(steps, "{:.0f}") if max(steps) < 61 else ", ".join(map(str, steps)).replace("61", "never"))
-        cells.append(spread([2 * strict_format(run) for run in runs], "{:.0%}"))
-        kl = spread([sum(run["curve"]["kl"][-10:]) / 10 for run in runs], "{:.2f}")
+        cells.append(spread([2 * at_the_end(run) for run in runs], "{:.0%}"))
+        kl = spread([at_the_end(run, "kl") for run in runs], "{:.2f}")
         rows.append([change, *cells, kl if any(any(run["curve"]["kl"]) for run in runs) else "not measured"])
     titles = [
         "changed",

@@ -201,7 +201,7 @@ def bare(flags: list[str]) -> dict:
     import grpo_demo
 
     args, model_args = grpo_demo.parse_args(flags)
-    grpo_demo.REWARD_FUNCS = [gist_xmlcount, gist_soft, gist_strict, gist_int, gist_correctness]
+    grpo_demo.REWARD_FUNCS = GIST
     rows = grpo_demo.get_gsm8k_questions("train", args.dataset_name, args.dataset_config)
     trainer = grpo_demo.build_trainer(args, model_args, rows)
     seconds = stamp(trainer)
@@ -282,6 +282,9 @@ def gist_xmlcount(completions, **kwargs) -> list[float]:
     return [count(completion[0]["content"]) for completion in completions]
 
 
+GIST = [gist_xmlcount, gist_soft, gist_strict, gist_int, gist_correctness]
+
+
 def long_completions() -> dict:
     """A step's 64 completions of about 1,000 characters, as a 1.5B model writes; every fourth of another form."""
     import grpo_demo
@@ -327,11 +330,10 @@ def cpu() -> None:
 
     texts = long_completions()
     metrics = texts | {"log_metric": lambda *a: None, "log_extra": lambda *a: None}
-    gist = [gist_xmlcount, gist_soft, gist_strict, gist_int, gist_correctness]
 
     def silent() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            [f(**texts) for f in gist]
+            [f(**texts) for f in GIST]
 
     def rewards() -> None:
         [f(**texts) for f in REWARD_FUNCS]
