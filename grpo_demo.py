@@ -8,10 +8,10 @@
     python grpo_demo.py --eval_only --model_name_or_path DIR                 # measure a saved model
     accelerate launch --num_processes 2 grpo_demo.py --gradient_accumulation_steps 32      # two GPUs, the same step
 
-Every constant below is also a flag and a YAML key (`--config FILE`), with its name in lower case; so is every field of
-TRL's GRPOConfig and ModelConfig. The file reads top to bottom in the order in which a run happens.
+Every constant below, but for the prompt's texts, is also a flag and a YAML key (`--config FILE`), with its name in
+lower case; so is every field of TRL's GRPOConfig and ModelConfig. The file reads in the order in which a run happens.
 
-The optimizer step is the gist's (TRL 0.14) to round-off: `tests/test_step.py` writes it out without TRL. What differs:
+But for 7 the optimizer step is the gist's (TRL 0.14) to round-off: `tests/test_step.py` writes it out. What differs:
 
  1. One generate call of 64 rows a step instead of four of 16: the same completions in law, less waiting.
  2. The micro-batch counts completions (TRL 1.16), not prompts; any micro-batch x accumulation = 64 is the same step.
@@ -19,7 +19,7 @@ The optimizer step is the gist's (TRL 0.14) to round-off: `tests/test_step.py` w
  4. sdpa attention where flash-attn is not installed; the gist required it.
  5. One sample a step is printed by TRL's `log_completions`, with gold and extracted answer; the gist used print.
  6. Rows without a numeric `#### answer` are left out and counted; the gist trained on them with gold None.
- 7. Weight decay spares Qwen2's norms (transformers 5); 1e-3 of the gradient in fp32, nothing in bf16.
+ 7. Weight decay spares Qwen2's norms (transformers 5). The gist took 5e-7 of them a step; bf16 rounds that away.
  8. Metrics as TRL 1.16 defines them: `kl` is a mean over tokens (was: over sequences), `rewards/<name>/mean`.
  9. Two checkpoints are kept instead of all; the same command again resumes; the final model is saved.
 10. Accuracy is measured before and after, and the gain is split into format and reasoning.

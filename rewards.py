@@ -227,7 +227,7 @@ def verdict(zero: list[dict], one: list[dict], after: list[dict], one_shot: bool
 
 EXAMPLES = [  # the gold answer is 18
     ("perfect", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>\n", "tags on their own lines, gold"),
-    ("no final newline", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>", "xmlcount takes 0.001 x 57"),
+    ("no final newline", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>", "xmlcount takes 0.001 x 56"),
     (
         "one line",
         "<reasoning>9 * 2 = 18</reasoning> <answer>18</answer>",

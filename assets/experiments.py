@@ -1,6 +1,6 @@
 """What each part of the recipe does: the laptop run with one thing changed, three seeds each, a line a run.
 
-    python assets/experiments.py settings    # which learning rate: judged on questions that are not the test questions
+    python assets/experiments.py settings    # which learning rate: other seeds, other questions than the test questions
     python assets/experiments.py parts       # one part changed at a time, measured on the test questions
     python assets/experiments.py updates     # six steps in fp32 and in bf16: how far the weights move
 

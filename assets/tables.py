@@ -13,13 +13,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from rewards import EXAMPLES, REWARD_FUNCS  # noqa: E402
 
-SEEDS = [42, 1, 2]
+LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}  # title of the column, folder in assets/runs
+QWEN = {"seed 42": "qwen-half-b"}
 MEASURED = ["before_zero_shot", "before_one_shot", "after_zero_shot"]
 
 
-def runs() -> list[tuple[dict, list[dict], dict]]:
-    """Evaluation, metrics of each step, record; a run a seed."""
-    folders = [HERE / "runs" / f"laptop-{seed}" for seed in SEEDS]
+def runs(columns: dict[str, str]) -> list[tuple[dict, list[dict], dict]]:
+    """Evaluation, metrics of each step, record of each column's run."""
+    folders = [HERE / "runs" / name for name in columns.values()]
     return [
         (
             json.loads((f / "evaluation.json").read_text()),
@@ -34,38 +35,38 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [titles, ["---"] * len(titles), *rows])
 
 
-def results() -> str:
+def results(columns: dict[str, str] = LAPTOP, title: str = "laptop run, 512 test questions") -> str:
     """The evaluation of the laptop run at three seeds, with 95% intervals."""
-    evaluations, rows = [e for e, _, _ in runs()], []
+    evaluations, rows = [e for e, _, _ in runs(columns)], []
     for what in ("strict_format", "strict_accuracy", "lenient_accuracy"):
         for when in MEASURED:
             figures = [e["measurements"][when][what] for e in evaluations]
-            title = f"{what.replace('_', ' ')}, {when.split('_', 1)[0]}{' (one-shot)' if 'one' in when else ''}"
-            rows.append([title, *("{:.1%} [{:.1%}, {:.1%}]".format(f["value"], *f["interval"]) for f in figures)])
-    for title, key in (("gain in strict accuracy, points", "strict_accuracy"), ("of it reasoning", "reasoning")):
+            row = f"{what.replace('_', ' ')}, {when.split('_', 1)[0]}{' (one-shot)' if 'one' in when else ''}"
+            rows.append([row, *("{:.1%} [{:.1%}, {:.1%}]".format(f["value"], *f["interval"]) for f in figures)])
+    for row, key in (("gain in strict accuracy, points", "strict_accuracy"), ("of it reasoning", "reasoning")):
         gains = [[100 * x for x in e["gain"][key]] for e in evaluations]
-        rows.append([title, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*g) for g in gains)])
+        rows.append([row, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*g) for g in gains)])
     rows.append(["of it format", *(f"{100 * e['gain']['format']:+.1f}" for e in evaluations)])
     rows.append(["**verdict**", *(f"**{e['verdict']}**" for e in evaluations)])
-    return table(["laptop run, 512 test questions", *(f"seed {seed}" for seed in SEEDS)], rows)
+    return table([title, *columns], rows)
 
 
-def course() -> str:
+def course(columns: dict[str, str] = LAPTOP, title: str = "laptop run, first and last ten steps") -> str:
     """What changes in the course of the laptop run: means of the first and of the last ten steps."""
     rows = []
 
-    def ends(title: str, key: str, form: str, widest: bool = False) -> None:
+    def ends(row: str, key: str, form: str, widest: bool = False) -> None:
         cells = []
-        for _, metrics, _ in runs():
+        for _, metrics, _ in runs(columns):
             tens = [sum(m[key] for m in metrics[i - 10 : i]) / 10 for i in range(10, len(metrics) + 1)]
             picked = [tens[0], *([max(tens)] if widest else []), tens[-1]]
             cells.append(", ".join(map(form.format, picked)))
-        rows.append([title, *cells])
+        rows.append([row, *cells])
 
     ends("soft format reward, at most 0.5", "rewards/soft_format_reward_func/mean", "{:.3f}")
     ends("strict format reward, at most 0.5", "rewards/strict_format_reward_func/mean", "{:.3f}")
-    title = "its standard deviation: first, widest and last ten steps"
-    ends(title, "rewards/strict_format_reward_func/std", "{:.3f}", widest=True)
+    deviation = "its standard deviation: first, widest and last ten steps"
+    ends(deviation, "rewards/strict_format_reward_func/std", "{:.3f}", widest=True)
     ends("xmlcount reward, at most 0.5", "rewards/xmlcount_reward_func/mean", "{:.3f}")
     ends("correctness reward, at most 2", "rewards/simple_correctness_reward_func/mean", "{:.3f}")
     ends("groups in which all rewards are equal", "frac_reward_zero_std", "{:.0%}")
@@ -73,10 +74,14 @@ def course() -> str:
     ends("equations a completion", "reasoning/steps", "{:.2f}")
     ends("equations that are true", "reasoning/valid_steps", "{:.1%}")
     ends("KL to the untrained model", "kl", "{:.3f}")
-    rows.append(
-        ["seconds from the first step to the verdict", *(f"{record['seconds']:.0f}" for _, _, record in runs())]
-    )
-    return table(["laptop run, first and last ten steps", *(f"seed {seed}" for seed in SEEDS)], rows)
+    seconds = [f"{record['seconds']:.0f}" for _, _, record in runs(columns)]
+    return table([title, *columns], [*rows, ["seconds from the first step to the verdict", *seconds]])
+
+
+def qwen() -> str:
+    """The run of a real Qwen2.5: its evaluation, and the course of its rewards."""
+    first = results(QWEN, "Qwen2.5-Coder-0.5B-Instruct, 200 GSM8K test questions")
+    return first + "\n" + course(QWEN, "the same run, first and last ten steps")
 
 
 def reliability() -> str:
@@ -85,7 +90,7 @@ def reliability() -> str:
     RELIABILITY=assets/runs/reliability.jsonl python -m pytest tests/test_nothing_lost.py
     """
     rows = [json.loads(line) for line in (HERE / "runs" / "reliability.jsonl").read_text().splitlines()]
-    return table(["fault", "tried", "recovered", "steps lost"], rows)
+    return table(["fault", "tried", "recovered", "steps missing in the end"], rows)
 
 
 REWARDS = ["xmlcount", "soft", "strict", "int", "correct"]
@@ -146,7 +151,7 @@ def steps_until_format(row: dict) -> int:
 
 
 def settings() -> str:
-    """How the laptop's learning rate was chosen: on validation questions, with seeds of their own."""
+    """How the laptop's learning rate was chosen: with other seeds; the accuracies are of validation questions."""
     rows = []
     for change, runs in lines("settings").items():
         accuracy = [

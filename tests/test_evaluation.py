@@ -131,3 +131,29 @@ def test_readme_shows_the_records():
     for make in tables.TABLES:
         assert f"<!-- {make.__name__} -->\n{make()}<!-- /{make.__name__} -->" in readme
     assert json.loads((ROOT / "assets/runs/laptop-42/record.json").read_text())["versions"]["trl"] == "1.16.0"
+
+
+def test_readme_sentences_follow_from_the_records():
+    """Numbers of README's sentences that no table shows, recomputed from the laptop runs."""
+    files = [ROOT / f"assets/runs/laptop-{seed}/metrics.jsonl" for seed in (42, 1, 2)]
+    runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+    def means(key: str, steps: slice, scale: float = 1.0) -> list[float]:
+        return [scale * sum(m[key] for m in run[steps]) / len(run[steps]) for run in runs]
+
+    xml, last = "rewards/strict_format_reward_func/mean", slice(-10, None)
+    early, late = means(xml, slice(0, 5), 200), means(xml, last, 200)
+    wide = [m["reward_std"] for run in runs for m in run[last]]
+    evaluations = [json.loads((file.parent / "evaluation.json").read_text())["measurements"] for file in files]
+    tokens = [[e[when]["tokens"]["value"] for e in evaluations] for when in ("before_zero_shot", "after_zero_shot")]
+    one_shot = evaluations[0]["before_one_shot"]["tokens"]["value"]
+    assert round(min(early)) == round(max(early)) and not any(m["clip_ratio/region_mean"] for r in runs for m in r)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for sentence in (
+        f"some {early[0]:.0f}% of the completions are strict XML in the first five steps and",
+        f"and {min(late):.0f} to {max(late):.0f}% in the last ten",
+        f"grows from {tokens[0][0]:.1f} tokens to {min(tokens[1]):.1f} to {max(tokens[1]):.1f}.",
+        f"answers in XML, one-shot, have {one_shot:.1f}.",
+        f"({min(wide):.1f} to {max(wide):.1f} in the last ten steps of the laptop runs)",
+    ):
+        assert sentence in readme

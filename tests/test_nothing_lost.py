@@ -26,7 +26,7 @@ SMALL = (
     "--config assets/tiny/config.yaml --per_device_train_batch_size 16 --num_generations 4 --max_completion_length 48"
 )
 SMALL = (*SMALL.split(), "--evaluate", "False", "--log_completions", "False")
-KILLS = 10
+KILLS = int(os.environ.get("KILLS", 10))
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

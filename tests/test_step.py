@@ -11,6 +11,7 @@ then the gradient is clipped to a norm of 0.1 and AdamW takes a step at the sche
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from trl import GRPOTrainer
 
 import grpo_demo
 
-STEPS, GROUP, BETA, PEAK, TINY = 5, 4, 0.04, 1e-5, "assets/tiny"
+STEPS, GROUP, BETA, TINY = 5, 4, 0.04, "assets/tiny"
+PEAK = float(os.environ.get("PEAK", 1e-5))  # the learning rate; at larger ones fp32 leaves less than five digits
 ANSWERS = [  # completions are fixed: in each group some are right, some wrong, some readable, some not
     "<reasoning>\n{a}\n</reasoning>\n<answer>\n{a}\n</answer>\n",
     "The answer is {a}.",

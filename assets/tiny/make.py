@@ -1,6 +1,6 @@
 """Make the embedded default from nothing: a 0.7M-parameter Qwen2 chat model and GSM8K-like word problems.
 
-    python assets/tiny/make.py                   # about 20 minutes on 2 CPU cores; writes beside this file
+    python assets/tiny/make.py                   # 18 minutes on 2 CPU cores; writes beside this file
     python assets/tiny/make.py --out /tmp/tiny   # somewhere else
     python assets/tiny/make.py --steps 20        # a smoke run: the files are right, the model is not
 
