@@ -26,7 +26,6 @@ But for 7 the optimizer step is the gist's (TRL 0.14) to round-off: `tests/test_
 """
 
 import json
-import math
 import os
 import sys
 import warnings
@@ -55,7 +54,9 @@ from assets.keep import (
     Watch,
     check_gpu,
     explain_full_disk,
+    how_to_talk,
     open_output,
+    print_banner,
     report,
     say,
     say_goodbye,
@@ -307,21 +308,6 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
         raise UserError(f"TRL refuses these settings: {error}") from None
 
 
-def print_banner(trainer: GRPOTrainer) -> None:
-    """What is about to run, before it runs."""
-    args, model, rows = trainer.args, trainer.model, len(trainer.train_dataset)
-    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    prompts = completions // args.num_generations
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (rows // prompts))
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    say(f"model   {model.config._name_or_path}: {model.num_parameters():,} parameters", end="")
-    say(f", {trainer.get_num_trainable_parameters():,} of them trained, {model.dtype}")
-    say(f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention")
-    say(f"data    {args.dataset_name}: {rows:,} rows")
-    say(f"run     {steps:,} steps of {completions} completions = {prompts} prompts x {args.num_generations}")
-    say(f"output  {args.output_dir}")
-
-
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, tokenizer, rows: Dataset, args: DemoConfig, name: str) -> list[dict]:
     """Greedy completions of all `rows` and what they are worth; sharded over the processes, gathered on each.
@@ -417,10 +403,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         report(measured, args, model_args)
     if args.process_index == 0:
         write_atomically(record, run | {"finished": True})
-    ask = "make_prompt('Mia has 14 pens and buys 23 more. How many pens does Mia have now?')"
-    ask = f"pipeline('text-generation', '{args.output_dir}')({ask}, max_new_tokens={args.max_completion_length})"
-    code = "from transformers import pipeline; from grpo_demo import make_prompt; "
-    say_goodbye(args, f"""talk to the model:  python -c "{code}print({ask}[0]['generated_text'][-1])\"""")
+    say_goodbye(args, how_to_talk(args))
 
 
 def main(argv: list[str] | None = None) -> None:

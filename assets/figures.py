@@ -47,7 +47,7 @@ def panel(ax, title: str) -> None:
         spine.set_color(INK)
 
 
-def p1(name: str = "laptop-42") -> None:
+def p1(name: str = "laptop-42", file: str = "p1.png") -> None:
     """Where the time of a step goes, and the five rewards with strict and lenient accuracy."""
     metrics, timers = load(name)
     steps = range(1, len(metrics) + 1)
@@ -84,10 +84,10 @@ def p1(name: str = "laptop-42") -> None:
     right.set_ylim(0, 1)
     right.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
     panel(right, "accuracy of the sampled completions")
-    for ax in (middle, right):
-        ax.set_xlabel("step", color=INK, fontsize=8)
+    for ax, label in ((left, "log scale"), (middle, "step (means of the last five)"), (right, "step")):
+        ax.set_xlabel(label, color=INK, fontsize=8)
     figure.tight_layout()
-    figure.savefig(HERE / "p1.png", dpi=130, transparent=True, metadata={"Software": None})
+    figure.savefig(HERE / file, dpi=130, transparent=True, metadata={"Software": None})
 
 
 def card(sample: dict, title: str, why: str, file: str) -> None:
@@ -97,16 +97,14 @@ def card(sample: dict, title: str, why: str, file: str) -> None:
         ax.axis("off")
     left.set_title(f"{title} (step {sample['step']})", loc="left", fontsize=11, color=INK, fontweight="bold")
     left.text(0, 0.97, textwrap.fill(sample["question"], 72), va="top", fontsize=9, color=INK, style="italic")
-    shown = (
-        sample["completion"].replace("\n", " \\n\n") if sample["completion"].endswith("\n") else sample["completion"]
-    )
-    left.text(0, 0.74, shown.rstrip("\n"), va="top", fontsize=9, family="monospace", color=COLORS[0])
+    lines = [textwrap.fill(line, 80) for line in sample["completion"].split("\n")]
+    left.text(0, 0.74, "\\n\n".join(lines), va="top", fontsize=9, family="monospace", color=COLORS[0])
     values = [(name, sample[f"{name}_reward_func"]) for name in REWARDS]
     rows = [*values, ("reward", sum(v for _, v in values)), ("advantage in its group", sample["advantage"])]
     for i, (name, value) in enumerate(rows):
         weight, y = "bold" if i == len(REWARDS) else "normal", 0.97 - 0.105 * i
         right.text(0, y, name, va="top", fontsize=9, color=INK, fontweight=weight)
-        color = COLORS[2] if value > 0 else COLORS[4]
+        color = COLORS[2] if value > 0 else COLORS[4] if value < 0 else INK
         right.text(0.62, y, f"{value:+.2f}", va="top", ha="right", fontsize=9, color=color, fontweight=weight)
     right.text(0, 0.18, textwrap.fill(why, 58), va="top", fontsize=9, color=INK, style="italic")
     figure.tight_layout()
@@ -119,7 +117,8 @@ def p2_and_p3(name: str = "laptop-42") -> None:
     full = [s for s in samples if s["simple_correctness_reward_func"] == 2 and s["strict_format_reward_func"] == 0.5]
     why = "All five rewards are paid in full. Between the tags stands what the untrained model writes in prose: "
     why += "the form is new, the reasoning is not."
-    card(full[-1], "Correct, and shallow", why, "p2.png")
+    long = max(full, key=lambda s: (s["completion"].count("\n"), s["step"]))
+    card(long, "Correct, and shallow", why, "p2.png")
     lost = [s for s in samples if s["int_reward_func"] == 0 and is_lenient_correct(s["completion"], s["gold"])]
     why = "The answer is right, but there is no tag: the whole text counts as the answer, and it is neither a number "
     why += "nor the gold string. Nothing is paid."

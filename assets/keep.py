@@ -64,6 +64,21 @@ def check_gpu(args: GRPOConfig) -> None:
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add --bf16 False --fp16 True --dtype float32")
 
 
+def print_banner(trainer: GRPOTrainer) -> None:
+    """What is about to run, before it runs."""
+    args, model, rows = trainer.args, trainer.model, len(trainer.train_dataset)
+    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    prompts = completions // args.num_generations
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (rows // prompts))
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    say(f"model   {model.config._name_or_path}: {model.num_parameters():,} parameters", end="")
+    say(f", {trainer.get_num_trainable_parameters():,} of them trained, {model.dtype}")
+    say(f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention")
+    say(f"data    {args.dataset_name}: {rows:,} rows")
+    say(f"run     {steps:,} steps of {completions} completions = {prompts} prompts x {args.num_generations}")
+    say(f"output  {args.output_dir}")
+
+
 def open_output(args: GRPOConfig, config: dict, rows: Dataset) -> tuple[dict, str | None]:
     """Makes the output directory this run's: its `run.json` (settings, W&B id) and a checkpoint to go on from.
 
@@ -244,6 +259,14 @@ def explain_full_disk(trainer: GRPOTrainer, error: Exception) -> None:
     room = f"a checkpoint takes about {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB were free in {out}"
     say(f"error: disk full: {room}. Make room: the same command goes on from the last checkpoint", error=True)
     raise SystemExit(1)
+
+
+def how_to_talk(args: GRPOConfig) -> str:
+    """A command that asks the trained model one question."""
+    ask = "make_prompt('Mia has 14 pens and buys 23 more. How many pens does Mia have now?')"
+    ask = f"pipeline('text-generation', '{args.output_dir}')({ask}, max_new_tokens={args.max_completion_length})"
+    code = "from transformers import pipeline; from grpo_demo import make_prompt; "
+    return f"""talk to the model:  python -c "{code}print({ask}[0]['generated_text'][-1])\""""
 
 
 def say_goodbye(args: GRPOConfig, last: str) -> None:
