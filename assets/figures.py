@@ -40,7 +40,7 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
 
 def panel(ax, title: str) -> None:
     ax.set_title(title, loc="left", fontsize=10, color=INK)
-    ax.tick_params(colors=INK, labelsize=8)
+    ax.tick_params(which="both", colors=INK, labelsize=8)
     ax.patch.set_alpha(0)
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
