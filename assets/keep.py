@@ -26,7 +26,7 @@ from transformers.integrations import WandbCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.extras.profiling import profiling_context
 
-from rewards import figures, verdict
+from assets.verdict import figures, verdict
 
 FREE_SETTINGS = [
     "evaluate",

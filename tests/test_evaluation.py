@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_demo
-from rewards import figures, gain, score, verdict
+from assets import tables
+from assets.verdict import figures, gain, verdict
+from rewards import score
 
 XML = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n{}\n</answer>\n"
 
@@ -122,11 +124,6 @@ def test_evaluate_is_greedy_repeatable_and_kept(tmp_path):
 
 def test_readme_shows_the_records():
     """README's tables are the ones that the records give."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "assets" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
     readme = (ROOT / "README.md").read_text()
     for make in tables.TABLES:
         assert f"<!-- {make.__name__} -->\n{make()}<!-- /{make.__name__} -->" in readme
@@ -135,8 +132,7 @@ def test_readme_shows_the_records():
 
 def test_readme_sentences_follow_from_the_records():
     """Numbers of README's sentences that no table shows, recomputed from the laptop runs."""
-    files = [ROOT / f"assets/runs/laptop-{seed}/metrics.jsonl" for seed in (42, 1, 2)]
-    runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    evaluations, runs, _ = zip(*tables.runs(tables.LAPTOP), strict=True)
 
     def means(key: str, steps: slice, scale: float = 1.0) -> list[float]:
         return [scale * sum(m[key] for m in run[steps]) / len(run[steps]) for run in runs]
@@ -144,16 +140,16 @@ def test_readme_sentences_follow_from_the_records():
     xml, last = "rewards/strict_format_reward_func/mean", slice(-10, None)
     early, late = means(xml, slice(0, 5), 200), means(xml, last, 200)
     wide = [m["reward_std"] for run in runs for m in run[last]]
-    evaluations = [json.loads((file.parent / "evaluation.json").read_text())["measurements"] for file in files]
-    tokens = [[e[when]["tokens"]["value"] for e in evaluations] for when in ("before_zero_shot", "after_zero_shot")]
-    one_shot = evaluations[0]["before_one_shot"]["tokens"]["value"]
+    before, one_shot, after = (
+        [e["measurements"][when]["tokens"]["value"] for e in evaluations] for when in tables.MEASURED
+    )
     assert round(min(early)) == round(max(early)) and not any(m["clip_ratio/region_mean"] for r in runs for m in r)
     readme = " ".join((ROOT / "README.md").read_text().split())
     for sentence in (
         f"some {early[0]:.0f}% of the completions are strict XML in the first five steps and",
         f"and {min(late):.0f} to {max(late):.0f}% in the last ten",
-        f"grows from {tokens[0][0]:.1f} tokens to {min(tokens[1]):.1f} to {max(tokens[1]):.1f}.",
-        f"answers in XML, one-shot, have {one_shot:.1f}.",
+        f"grows from {before[0]:.1f} tokens to {min(after):.1f} to {max(after):.1f}.",
+        f"answers in XML, one-shot, have {one_shot[0]:.1f}.",
         f"({min(wide):.1f} to {max(wide):.1f} in the last ten steps of the laptop runs)",
     ):
         assert sentence in readme
