@@ -25,11 +25,9 @@ But for 7 the optimizer step is the gist's (TRL 0.14) to round-off: `tests/test_
 10. Accuracy is measured before and after, and the gain is split into format and reasoning.
 """
 
-import json
 import os
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -61,9 +59,10 @@ from assets.keep import (
     say,
     say_goodbye,
     start_wandb,
+    usable_rows,
     write_atomically,
 )
-from rewards import REWARD_FUNCS, as_number, extract_hash_answer, score
+from rewards import REWARD_FUNCS, score
 
 # Model and data
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
@@ -211,20 +210,6 @@ def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]
     ]
 
 
-def read_row(row: str | dict) -> tuple[str, str]:
-    """Question and gold answer of a JSON line or a dataset row; ValueError says what is missing."""
-    try:
-        row = json.loads(row) if isinstance(row, str) else row
-    except ValueError:
-        raise ValueError("no JSON") from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in ("question", "answer")):
-        raise ValueError("no text in 'question' and 'answer'")
-    gold = extract_hash_answer(row["answer"])
-    if gold is None or as_number(gold) is None:
-        raise ValueError("no number after '####'")
-    return row["question"], gold
-
-
 def get_gsm8k_questions(
     split: str = "train",
     dataset_name: str = DATASET_NAME,
@@ -244,19 +229,14 @@ def get_gsm8k_questions(
     except Exception as error:  # no network, no such name, no such file: the hub libraries raise many kinds
         where = f"dataset {dataset_name!r} (a hub id, or a folder with {split}.jsonl)"
         raise UserError(f"no split {split!r} in {where}: {error}") from None
-    used, bad = [], Counter()
-    for row in rows:
-        try:
-            question, gold = read_row(row)
-            used.append({"prompt": make_prompt(question, one_shot), "question": question, "answer": gold})
-        except ValueError as error:
-            bad[str(error)] += 1
-    why = "; ".join(f"{n} with {reason}" for reason, n in bad.items())
+    used, why = usable_rows(rows)
     if not used:
         raise UserError(f"no usable row in the {split} split of {dataset_name!r}: {why or 'it is empty'}")
-    if bad:
-        say(f"warning: {sum(bad.values())} of {len(rows)} {split} rows left out: {why}", error=True)
-    return Dataset.from_list(used)
+    if why:
+        say(f"warning: {len(rows) - len(used)} of {len(rows)} {split} rows left out: {why}", error=True)
+    return Dataset.from_list(
+        [{"prompt": make_prompt(question, one_shot), "question": question, "answer": gold} for question, gold in used]
+    )
 
 
 def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -284,8 +264,7 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, train_dataset: Data
 
     UserError where there is no such model, or where the data does not fill one step.
     """
-    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if len(train_dataset) < (prompts := completions // args.num_generations):
+    if len(train_dataset) < (prompts := args.generation_batch_size // args.num_generations):
         raise UserError(f"{len(train_dataset)} training rows do not fill a step of {prompts} prompts")
     model, tokenizer = load_model(args, model_args)
     if model_args.model_revision != "main":  # TRL loads the KL's reference again, by name
@@ -314,8 +293,7 @@ def evaluate(model: PreTrainedModel, tokenizer, rows: Dataset, args: DemoConfig,
 
     `name` ends in `one_shot` where the gist's example goes into the prompt. Returns one row a question: question, gold
     answer, completion, `tokens`, `truncated` and the four true-or-false columns of `rewards.score`. Kept as
-    `evaluation/<name>.parquet` in the output directory, and read from there when the run is resumed. Greedy decoding
-    draws no random numbers: training is the same with and without it.
+    `evaluation/<name>.parquet`, where a resumed run finds them. Greedy decoding: it draws no random numbers.
     """
     path = Path(args.output_dir, "evaluation", f"{name}.parquet")
     kept = pd.read_parquet(path).to_dict("records") if path.exists() else []
@@ -391,8 +369,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         explain_full_disk(trainer, error)
         raise
     if watch.signal or watch.broken:
-        anew = "a lower --learning_rate and --overwrite_output start anew"
-        again = anew if watch.broken else "the same command goes on"
+        again = "start anew: lower --learning_rate, --overwrite_output" if watch.broken else "the same command goes on"
         say_goodbye(args, f"stopped at step {trainer.state.global_step}; {again}")
         raise SystemExit(128 + watch.signal if watch.signal else 1)
     start_wandb(args, config, run["wandb_id"])  # where it was killed after the last step

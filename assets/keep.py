@@ -1,8 +1,8 @@
 """Nothing lost: what keeps a run of `grpo_demo.py` when it is killed, cut off or starved. No learning happens here.
 
 `open_output` decides what the output directory is: new, to be gone on with, finished, or somebody else's. `Watch` is
-the callback that saves on SIGTERM and Ctrl-C, opens W&B where new steps begin, and warns of silent failure. `report`
-prints and keeps the evaluation.
+the callback that saves on SIGTERM and Ctrl-C, opens W&B where new steps begin, and warns of silent failure.
+`usable_rows` leaves out rows without question or gold answer. `report` prints and keeps the evaluation.
 """
 
 import errno
@@ -14,6 +14,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.extras.profiling import profiling_context
 
 from assets.verdict import figures, verdict
+from rewards import as_number, extract_hash_answer
 
 FREE_SETTINGS = [
     "evaluate",
@@ -62,6 +65,31 @@ def check_gpu(args: GRPOConfig) -> None:
         )
     if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add --bf16 False --fp16 True --dtype float32")
+
+
+def read_row(row: str | dict) -> tuple[str, str]:
+    """Question and gold answer of a JSON line or a dataset row; ValueError says what is missing."""
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+    except ValueError:
+        raise ValueError("no JSON") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in ("question", "answer")):
+        raise ValueError("no text in 'question' and 'answer'")
+    gold = extract_hash_answer(row["answer"])
+    if gold is None or as_number(gold) is None:
+        raise ValueError("no number after '####'")
+    return row["question"], gold
+
+
+def usable_rows(rows: Iterable[str | dict]) -> tuple[list[tuple[str, str]], str]:
+    """Question and gold answer of each row that has both, and why the others have not: '' where all have."""
+    used, bad = [], Counter()
+    for row in rows:
+        try:
+            used.append(read_row(row))
+        except ValueError as error:
+            bad[str(error)] += 1
+    return used, "; ".join(f"{n} with {reason}" for reason, n in bad.items())
 
 
 def print_banner(trainer: GRPOTrainer) -> None:

@@ -23,17 +23,22 @@ RUNS = Path(__file__).resolve().parent / "runs"
 
 
 def history(out: Path) -> tuple[list[dict], dict]:
-    """All W&B history rows of a run, and how it was started (command line, date), from its local files."""
+    """All W&B history rows of a run, and how it was started (command line, date), from its local files.
+
+    A run that was stopped and went on has several files. Offline each has a clock of its own: here `_runtime` goes on.
+    """
     rows, started = [], {}
     for file in sorted(out.glob("wandb/*run-*/*.wandb")):
         if file.parent.is_symlink():
             continue
+        before = rows[-1]["_runtime"] if rows and file.parent.name.startswith("offline") else 0.0
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
             record = json.loads(line)
             if record["type"] == "history":
-                rows.append(record["history"]["item"])
-            started |= record.get("environment", {})
+                row = record["history"]["item"]
+                rows.append(row | {"_runtime": row["_runtime"] + before})
+            started = record.get("environment", {}) | started
     return rows, started
 
 
@@ -82,7 +87,7 @@ def collect(out: Path) -> tuple[list[dict], dict[str, list[float]], dict]:
         for name, value in row.items():
             if name.startswith("profiling/"):
                 timers.setdefault(name.split("GRPOTrainer.")[1], []).append(round(value, 6))
-    started["seconds"] = max(row["_runtime"] for row in rows)
+    started["seconds"] = rows[-1]["_runtime"]
     return metrics, timers, started
 
 

@@ -115,6 +115,21 @@ def test_signals_save_first(whole, tmp_path, number, status):
     note(signal.Signals(number).name, 1, 1, 0)
 
 
+def test_a_second_signal_stops_at_once(tmp_path):
+    out = tmp_path / "run"
+    process = start(*SMALL, "--max_steps", 40, "--save_steps", 10, "--output_dir", out)
+    while not list(out.glob("wandb/*run-*/*.wandb")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode in (130, 143), printed[-2000:]  # both are here at once: either may be the second
+    assert "stopped; the same command goes on from the last checkpoint" in printed
+    assert "stopped at step" not in printed
+
+
 def test_what_an_output_directory_may_hold(whole, tmp_path):
     flags = (*SMALL, "--max_steps", 40, "--save_steps", 2)
     files = {f: f.stat().st_mtime_ns for f in whole.rglob("*")}
@@ -267,7 +282,7 @@ def test_what_is_not_finite_stops_the_run_unsaved(tmp_path, rate):
     wild = ("--learning_rate", rate, "--max_grad_norm", 0, "--warmup_steps", 4, "--save_steps", 1, "--max_steps", 9)
     done = run(*SMALL, *wild, "--output_dir", out)
     assert done.returncode == 1 and done.stderr.count("is not finite: stopping") == 1, done.stderr[-2000:]
-    assert "a lower --learning_rate and --overwrite_output start anew" in done.stdout
+    assert "start anew: lower --learning_rate, --overwrite_output" in done.stdout
     assert not (out / "model.safetensors").exists()
     assert [f.name for f in out.glob("checkpoint-*")] == ["checkpoint-1"]  # the first step has learning rate 0
     kept = load_file(out / "checkpoint-1" / "model.safetensors")
