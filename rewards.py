@@ -1,6 +1,6 @@
 """The five reward functions of willccbb's `grpo_demo.py`, rule for rule, and the measures taken beside them.
 
-    python rewards.py      # six example completions: what each reward gives them, and why
+    python rewards.py      # seven example completions: what each reward gives them, and why
 
 Every reward takes TRL's keyword arguments and returns one float per completion, higher is better:
 
@@ -49,7 +49,7 @@ def count_xml(text: str) -> float:
     """The gist's partial credit: 0.125 for each tag on a line of its own, minus 0.001 per character after the end.
 
     A text without `\\n</answer>\\n` is charged its whole length: without its final newline a long answer loses more
-    than all tags earn.
+    than all tags earn. With any short text in the place of the newline it loses next to nothing.
     """
     count = 0.0
     if text.count("<reasoning>\n") == 1:
@@ -174,6 +174,11 @@ EXAMPLES = [  # the gold answer is 18
     ("perfect", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>\n", "tags on their own lines, gold"),
     ("no final newline", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>", "xmlcount takes 0.001 x 56"),
     (
+        "a tag too many",
+        "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>\n</reasoning>",
+        "only 0.001 x 24: a hole",
+    ),
+    (
         "one line",
         "<reasoning>9 * 2 = 18</reasoning> <answer>18</answer>",
         "soft needs no newlines",
@@ -193,7 +198,7 @@ EXAMPLES = [  # the gold answer is 18
 
 
 def main() -> None:
-    """Print what each reward gives the six examples."""
+    """Print what each reward gives the seven examples."""
     short = [f.__name__.removesuffix("_reward_func").removeprefix("simple_") for f in REWARD_FUNCS]
     print("".join(f"{name:>16}" for name in ["gold answer: 18", *short]) + "     sum  why")
     for name, text, why in EXAMPLES:

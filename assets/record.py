@@ -4,7 +4,7 @@
 
 `record.json` (command, versions, hardware, settings), `metrics.jsonl` (a line a step), `timers.json` (W&B's profiling
 timers, seconds, one list a name), `evaluation.json`, `samples.json` (20 early and late completions, their rewards),
-`group.json` (all completions of one prompt).
+`group.json` (all completions of one prompt), `endings.json` (what follows the last `</answer>`, how often).
 """
 
 import importlib.metadata
@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -23,14 +24,13 @@ RUNS = Path(__file__).resolve().parent / "runs"
 
 
 def history(out: Path) -> tuple[list[dict], dict]:
-    """All W&B history rows of a run, and how it was started (command line, date), from its local files.
+    """All W&B history rows of a run, and how it was started (command line, date, resumed), from its local files.
 
     A run that was stopped and went on has several files. Offline each has a clock of its own: here `_runtime` goes on.
     """
-    rows, started = [], {}
-    for file in sorted(out.glob("wandb/*run-*/*.wandb")):
-        if file.parent.is_symlink():
-            continue
+    files = [file for file in sorted(out.glob("wandb/*run-*/*.wandb")) if not file.parent.is_symlink()]
+    rows, started = [], {"resumed": len(files) - 1}
+    for file in files:
         before = rows[-1]["_runtime"] if rows and file.parent.name.startswith("offline") else 0.0
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -45,20 +45,44 @@ def history(out: Path) -> tuple[list[dict], dict]:
 def samples(out: Path) -> tuple[list[dict], list[dict]]:
     """Ten completions of the first two steps and ten of the last two, with rewards and advantage; and a whole group.
 
-    The group is the one of the first two steps with the most different rewards.
+    Where none of the last ten is right, the last five that were take the place of five of them. The group is the one of
+    the first two steps with the most different rewards.
     """
 
-    def plain(row: dict) -> dict:
-        row |= {"question": row.pop("prompt")[-1]["content"], "completion": row["completion"][0]["content"]}
-        return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+    def read(file: Path) -> list[dict]:
+        rows = []
+        for row in pd.read_parquet(file).to_dict("records"):
+            row |= {"question": row.pop("prompt")[-1]["content"], "completion": row["completion"][0]["content"]}
+            rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+        return rows
 
-    files, kept, groups = sorted(out.glob("completions/*.parquet")), [], []
-    for file in [*files[:2], *files[-2:]]:
-        rows = [plain(row) for row in pd.read_parquet(file).to_dict("records")]
-        kept += rows[:: max(1, len(rows) // 5)][:5]
-        groups += [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["question"])]
-    early = [group for group in groups if group[0]["step"] <= 2]
-    return kept, max(early, key=lambda group: len({row["advantage"] for row in group}))
+    def right(row: dict) -> bool:
+        return row["simple_correctness_reward_func"] == 2
+
+    steps = [read(file) for file in sorted(out.glob("completions/*.parquet"))]
+    kept = [row for rows in [*steps[:2], *steps[-2:]] for row in rows[:: max(1, len(rows) // 5)][:5]]
+    if not any(map(right, kept[10:])):
+        kept[10:15] = [row for rows in steps for row in rows if right(row)][-5:]
+    groups = [
+        list(group) for rows in steps[:2] for _, group in itertools.groupby(rows, key=lambda row: row["question"])
+    ]
+    return kept, max(groups, key=lambda group: len({row["advantage"] for row in group}))
+
+
+def endings(out: Path) -> dict[str, dict[str, int]]:
+    """What follows the last `</answer>` of the completions, how often: of each step, and of each evaluation.
+
+    Named are nothing, the newline that the format asks for, and the three most frequent; the rest is `other`, and
+    `none` are completions without the tag.
+    """
+    texts = {file.stem: pd.read_parquet(file)["completion"] for file in sorted(out.glob("evaluation/*.parquet"))}
+    for file in sorted(out.glob("completions/*.parquet")):
+        rows = pd.read_parquet(file)
+        texts[f"step {rows['step'][0]}"] = rows["completion"].map(lambda message: message[0]["content"])
+    tails = {k: v.map(lambda t: t.rpartition("</answer>")[2] if "</answer>" in t else "none") for k, v in texts.items()}
+    often = Counter(tail for column in tails.values() for tail in column if tail not in ("", "\n", "none"))
+    named = ["", "\n", *(tail for tail, _ in often.most_common(3)), "none"]
+    return {k: dict(Counter(tail if tail in named else "other" for tail in v)) for k, v in tails.items()}
 
 
 def environment() -> dict:
@@ -133,13 +157,14 @@ def main() -> None:
         "date": started.get("started_at", "")[:10],
         **environment(),
         "seconds": started["seconds"],
+        "resumed": started["resumed"],
         "settings": run["settings"],
     }
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m, sort_keys=True) + "\n" for m in metrics))
     (folder / "timers.json").write_text(json.dumps(timers) + "\n")
     (folder / "evaluation.json").write_text((out / "evaluation.json").read_text())
-    for name, rows in zip(("samples", "group"), samples(out), strict=True):
+    for name, rows in zip(("samples", "group", "endings"), (*samples(out), endings(out)), strict=True):
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1, default=str) + "\n")
     print(folder, f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB, {len(metrics)} steps")
 

@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -15,7 +16,7 @@ from rewards import EXAMPLES, REWARD_FUNCS  # noqa: E402
 
 LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}  # title of the column, folder in assets/runs
 QWEN = {"seed 42": "qwen-half-b"}
-MEASURED = ["before_zero_shot", "before_one_shot", "after_zero_shot"]
+MEASURED = {"before_zero_shot": "before", "before_one_shot": "before (one-shot)", "after_zero_shot": "after"}
 
 
 def runs(columns: dict[str, str]) -> list[tuple[dict, list[dict], dict]]:
@@ -35,20 +36,23 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [titles, ["---"] * len(titles), *rows])
 
 
-def results(columns: dict[str, str] = LAPTOP, title: str = "laptop run, 512 test questions") -> str:
+def interval(figure: dict, form: str = "{:.1%} [{:.1%}, {:.1%}]") -> str:
+    return form.format(figure["value"], *figure["interval"])
+
+
+def results() -> str:
     """The evaluation of the laptop run at three seeds, with 95% intervals."""
-    evaluations, rows = [e for e, _, _ in runs(columns)], []
+    evaluations, rows = [e for e, _, _ in runs(LAPTOP)], []
     for what in ("strict_format", "strict_accuracy", "lenient_accuracy"):
-        for when in MEASURED:
+        for when, title in MEASURED.items():
             figures = [e["measurements"][when][what] for e in evaluations]
-            row = f"{what.replace('_', ' ')}, {when.split('_', 1)[0]}{' (one-shot)' if 'one' in when else ''}"
-            rows.append([row, *("{:.1%} [{:.1%}, {:.1%}]".format(f["value"], *f["interval"]) for f in figures)])
+            rows.append([f"{what.replace('_', ' ')}, {title}", *map(interval, figures)])
     for row, key in (("gain in strict accuracy, points", "strict_accuracy"), ("of it reasoning", "reasoning")):
         gains = [[100 * x for x in e["gain"][key]] for e in evaluations]
         rows.append([row, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*g) for g in gains)])
     rows.append(["of it format", *(f"{100 * e['gain']['format']:+.1f}" for e in evaluations)])
     rows.append(["**verdict**", *(f"**{e['verdict']}**" for e in evaluations)])
-    return table([title, *columns], rows)
+    return table(["laptop run, 512 test questions", *LAPTOP], rows)
 
 
 def course(columns: dict[str, str] = LAPTOP, title: str = "laptop run, first and last ten steps") -> str:
@@ -79,9 +83,29 @@ def course(columns: dict[str, str] = LAPTOP, title: str = "laptop run, first and
 
 
 def qwen() -> str:
-    """The run of a real Qwen2.5: its evaluation, and the course of its rewards."""
-    first = results(QWEN, "Qwen2.5-Coder-0.5B-Instruct, 200 GSM8K test questions")
-    return first + "\n" + course(QWEN, "the same run, first and last ten steps")
+    """The run of a real Qwen2.5: its evaluation, the course of its rewards, and how its completions end."""
+    ((evaluation, _, _),), (name,) = runs(QWEN), QWEN.values()
+    measured = [evaluation["measurements"][when] for when in MEASURED]
+    rows = []
+    for what in ("soft_format", "strict_format", "strict_accuracy", "lenient_accuracy", "truncated"):
+        rows.append([what.replace("_", " "), *(interval(figures[what]) for figures in measured)])
+    rows.append(["tokens", *(interval(figures["tokens"], "{:.0f} [{:.0f}, {:.0f}]") for figures in measured)])
+    first = table(["200 test questions", *MEASURED.values()], rows)
+    said = " ".join([f"Verdict: **{evaluation['verdict']}**.", *evaluation["sentences"]])
+
+    ends = json.loads((HERE / "runs" / name / "endings.json").read_text())
+    steps = [key for key in ends if key.startswith("step ")]
+    columns = {title: [when] for when, title in MEASURED.items()}
+    columns |= {"steps 1 to 10": steps[:10], "last ten steps": steps[-10:]}
+    counts = [sum((Counter(ends[key]) for key in keys), Counter()) for keys in columns.values()]
+    tails = sorted({tail for count in counts for tail in count} - {"other", "none"}, key=lambda tail: (len(tail), tail))
+    words = {"": "nothing", "other": "anything else", "none": "there is no `</answer>`"}
+    rows = [
+        [words.get(tail, code(tail)), *(f"{count[tail] / count.total():.1%}" for count in counts)]
+        for tail in [*tails, "other", "none"]
+    ]
+    second = table(["what follows the last `</answer>`", *columns], rows)
+    return "\n".join([first, *textwrap.wrap(said, 120), "", course(QWEN, "first and last ten steps"), second])
 
 
 def reliability() -> str:
@@ -213,7 +237,7 @@ def benchmark() -> str:
     return "\n".join([*textwrap.wrap(text, 120), "", tables[0], "", tables[1], ""])
 
 
-TABLES = [results, examples, group, course, settings, parts, updates, benchmark, reliability]
+TABLES = [results, examples, group, course, qwen, settings, parts, updates, benchmark, reliability]
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ def verdict(zero: list[dict], one: list[dict], after: list[dict], one_shot: bool
     `zero` and `one` are untrained, without and with an example in the prompt; `after` has the prompt of the training.
     Reasoning is lenient accuracy after training minus the better one of the two untrained: what the model can do now
     that no prompt brought out before. The rest of the gain is format: answers that were right but could not be read.
+    Learned is what has its whole interval above zero; for the format that of the soft or that of the strict one.
     """
 
     def share(rows: list[dict], column: str) -> float:
@@ -42,19 +43,24 @@ def verdict(zero: list[dict], one: list[dict], after: list[dict], one_shot: bool
     def points(difference: list[float]) -> str:
         return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * x for x in difference))
 
-    lenient, strict, form = "lenient_accuracy", "strict_accuracy", "strict_format"
+    def went(column: str) -> str:
+        ends = f"from {share(before, column):.1f}% to {share(after, column):.1f}%"
+        return f"{column.replace('_', ' ')} went {ends}: {points(gain(column, before, after))}"
+
+    lenient, forms = "lenient_accuracy", ("soft_format", "strict_format")
     prompt, best = max(("one-shot", one), ("zero-shot", zero), key=lambda x: share(x[1], lenient))
     before = one if one_shot else zero
-    total, reasoning, formats = gain(strict, before, after), gain(lenient, best, after), gain(form, before, after)
-    learned = [word for word, (_, low, _) in (("format", formats), ("reasoning", reasoning)) if low > 0]
+    gains = {column: gain(column, before, after) for column in ("strict_accuracy", *forms)}
+    gains["reasoning"] = reasoning = gain(lenient, best, after)
+    gains["format"] = gains["strict_accuracy"][0] - reasoning[0]
+    lows = {"format": max(gains[form][1] for form in forms), "reasoning": reasoning[1]}
     excludes = "does not exclude" if reasoning[1] <= 0 <= reasoning[2] else "excludes"
     sentences = [
-        f"Strict accuracy went from {share(before, strict):.1f}% to {share(after, strict):.1f}%: {points(total)}; "
-        f"an example in the prompt gives {share(one, strict):.1f}% without training.",
+        f"{went('strict_accuracy').capitalize()}; an example in the prompt gives {share(one, 'strict_accuracy'):.1f}% "
+        "without training.",
         f"Reasoning: {points(reasoning)} of it, lenient accuracy from {share(best, lenient):.1f}% ({prompt}, the best "
         f"prompt before) to {share(after, lenient):.1f}%; the interval {excludes} zero.",
-        f"Format: the other {100 * (total[0] - reasoning[0]):+.1f} points; strict format went from "
-        f"{share(before, form):.1f}% to {share(after, form):.1f}%: {points(formats)}.",
+        f"Format: the other {100 * gains['format']:+.1f} points; " + "; ".join(map(went, forms)) + ".",
     ]
-    gains = {"strict_accuracy": total, "reasoning": reasoning, "format": total[0] - reasoning[0], form: formats}
-    return {"verdict": " and ".join(learned) or "neither", "sentences": sentences, "gain": gains}
+    learned = " and ".join(word for word, low in lows.items() if low > 0)
+    return {"verdict": learned or "neither", "sentences": sentences, "gain": gains}

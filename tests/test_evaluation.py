@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import grpo_demo
 from assets import tables
+from assets.record import time_split
 from assets.verdict import figures, gain, verdict
 from rewards import score
 
@@ -42,6 +43,12 @@ def test_a_model_that_learned_to_reason_only():
     assert result["verdict"] == "reasoning" and "the interval excludes zero" in result["sentences"][1]
     low, high = result["gain"]["reasoning"][1:]
     assert 0 < low < 0.3 < high
+
+
+def test_a_model_that_learned_the_soft_format_only():
+    after = [row | {"strict_format": False} for row in planted(500, 0.98, 0.6, 3)]  # a last newline is missing
+    result = verdict(planted(500, 0.0, 0.6, 1), planted(500, 0.0, 0.6, 2), after)
+    assert result["verdict"] == "format" and result["gain"]["strict_format"][0] == 0 < result["gain"]["soft_format"][1]
 
 
 def test_both_and_neither():
@@ -151,5 +158,41 @@ def test_readme_sentences_follow_from_the_records():
         f"grows from {before[0]:.1f} tokens to {min(after):.1f} to {max(after):.1f}.",
         f"answers in XML, one-shot, have {one_shot[0]:.1f}.",
         f"({min(wide):.1f} to {max(wide):.1f} in the last ten steps of the laptop runs)",
+    ):
+        assert sentence in readme
+
+
+def test_readme_sentences_on_qwen_follow_from_its_record():
+    ((evaluation, metrics, record),) = tables.runs(tables.QWEN)
+    folder = ROOT / "assets/runs/qwen-half-b"
+    ends, samples, timers = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("endings", "samples", "timers")
+    )
+    before, _, after = (
+        {k: v["value"] for k, v in evaluation["measurements"][when].items()} for when in tables.MEASURED
+    )
+    stray = [ends[f"step {step}"].get("\n</reasoning>", 0) for step in range(1, 61)]
+    newline = sum(ends[f"step {step}"].get("\n", 0) for step in range(1, 61))
+    right = [round(8 * m["accuracy/lenient"]) for m in metrics]
+    soft = [m["rewards/soft_format_reward_func/mean"] * 2 for m in metrics]
+    parts = time_split(metrics, timers)
+    step = sum(parts.values())
+    failure = next(s for s in samples if s["xmlcount_reward_func"] == -0.45)
+    assert record["resumed"] == 9 and min(soft[:7]) == 0 and max(soft[:7]) < soft[7] == 1
+    assert before["lenient_accuracy"] == after["lenient_accuracy"] == after["strict_accuracy"]
+    assert sum(stray[:5]) == 1 and sum(right[46:]) == 0
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for sentence in (
+        f"strict accuracy {before['strict_accuracy']:.1%} before and {after['strict_accuracy']:.1%} after,",
+        f"lenient accuracy {after['lenient_accuracy']:.1%} both times",
+        f"A step took {step:.0f} s. The run was stopped nine times",
+        f"all eight completions have the soft format, from step 21 on {sum(soft[20:]) / 40:.0%} of them",
+        f"takes {parts['generate'] / step:.0%} of a step at this size, the five rewards "
+        f"{100 * parts['five rewards'] / step:.2g}%",
+        f"{len(failure['completion']) / 1000} in the [early failure]",
+        f"in 1 of the first 40 completions, in {stray[5]} of 8 at step 6 and in {stray[7]} of 8 at step 8",
+        f"but {newline} of 480 completions ended so",
+        f"{sum(right[:46])} of the first 368 are right in any form, none of the last 112",
+        f"{after['tokens']:.0f} tokens in place of {before['tokens']:.0f}",
     ):
         assert sentence in readme

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import rewards
+from assets.record import collect
 from rewards import REWARD_FUNCS
 
 SMALL = (
@@ -112,6 +113,9 @@ def test_signals_save_first(whole, tmp_path, number, status):
     assert same(whole, out) and steps_in_wandb(out) == list(range(1, 41))
     (sync,) = [line for line in done.stdout.splitlines() if line.startswith("upload the run:")]
     assert len(sync.split("wandb sync ")[1].split()) == 2
+    metrics, _, started = collect(out)  # the record of such a run has one clock
+    clock = [m["runtime"] for m in metrics]
+    assert started["resumed"] == 1 and len(clock) == 40 and clock == sorted(clock)
     note(signal.Signals(number).name, 1, 1, 0)
 
 
