@@ -163,7 +163,8 @@ def main() -> None:
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m, sort_keys=True) + "\n" for m in metrics))
     (folder / "timers.json").write_text(json.dumps(timers) + "\n")
-    (folder / "evaluation.json").write_text((out / "evaluation.json").read_text())
+    if (out / "evaluation.json").exists():
+        shutil.copy(out / "evaluation.json", folder)
     for name, rows in zip(("samples", "group", "endings"), (*samples(out), endings(out)), strict=True):
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1, default=str) + "\n")
     print(folder, f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB, {len(metrics)} steps")

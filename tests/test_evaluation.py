@@ -172,6 +172,9 @@ def test_readme_sentences_on_qwen_follow_from_its_record():
         {k: v["value"] for k, v in evaluation["measurements"][when].items()} for when in tables.MEASURED
     )
     stray = [ends[f"step {step}"].get("\n</reasoning>", 0) for step in range(1, 61)]
+    control = json.loads((ROOT / "assets/runs/qwen-no-xmlcount/endings.json").read_text())
+    gone = [control[f"step {step}"].get("\n</reasoning>", 0) for step in range(1, 15)]
+    (last,) = (ROOT / "assets/runs/qwen-no-xmlcount/metrics.jsonl").read_text().splitlines()[13:]
     newline = sum(ends[f"step {step}"].get("\n", 0) for step in range(1, 61))
     right = [round(8 * m["accuracy/lenient"]) for m in metrics]
     soft = [m["rewards/soft_format_reward_func/mean"] * 2 for m in metrics]
@@ -180,7 +183,8 @@ def test_readme_sentences_on_qwen_follow_from_its_record():
     failure = next(s for s in samples if s["xmlcount_reward_func"] == -0.45)
     assert record["resumed"] == 9 and min(soft[:7]) == 0 and max(soft[:7]) < soft[7] == 1
     assert before["lenient_accuracy"] == after["lenient_accuracy"] == after["strict_accuracy"]
-    assert sum(stray[:5]) == 1 and sum(right[46:]) == 0
+    assert sum(stray[:5]) == sum(gone[:5]) == 1 and sum(right[46:]) == 0
+    assert json.loads(last)["rewards/soft_format_reward_func/mean"] == 0.5 * 7 / 8
     readme = " ".join((ROOT / "README.md").read_text().split())
     for sentence in (
         f"strict accuracy {before['strict_accuracy']:.1%} before and {after['strict_accuracy']:.1%} after,",
@@ -192,6 +196,7 @@ def test_readme_sentences_on_qwen_follow_from_its_record():
         f"{len(failure['completion']) / 1000} in the [early failure]",
         f"in 1 of the first 40 completions, in {stray[5]} of 8 at step 6 and in {stray[7]} of 8 at step 8",
         f"but {newline} of 480 completions ended so",
+        f"{sum(gone[5:])} of the 72 completions of steps 6 to 14 end so, with xmlcount {sum(stray[5:14])} of 72",
         f"{sum(right[:46])} of the first 368 are right in any form, none of the last 112",
         f"{after['tokens']:.0f} tokens in place of {before['tokens']:.0f}",
     ):
