@@ -49,7 +49,7 @@ def count_xml(text: str) -> float:
     """The gist's partial credit: 0.125 for each tag on a line of its own, minus 0.001 per character after the end.
 
     A text without `\\n</answer>\\n` is charged its whole length: without its final newline a long answer loses more
-    than all tags earn. With any short text in the place of the newline it loses next to nothing.
+    than all tags earn. With a newline and any short text after it, it loses next to nothing.
     """
     count = 0.0
     if text.count("<reasoning>\n") == 1:

@@ -17,6 +17,8 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from assets.record import time_split  # noqa: E402
+from assets.tables import STRAY  # noqa: E402
+from rewards import count_xml  # noqa: E402
 
 REWARDS = ["xmlcount", "soft_format", "strict_format", "int", "simple_correctness"]
 COLORS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756"]
@@ -72,7 +74,7 @@ def p1(name: str = "laptop-42", file: str = "p1.png") -> None:
     for reward, most, color in zip(REWARDS, [0.5, 0.5, 0.5, 0.5, 2.0], COLORS, strict=True):
         curve = smooth([m[f"rewards/{reward}_reward_func/mean"] / most for m in metrics])
         middle.plot(steps, curve, color=color, label=reward)
-    middle.set_ylim(-0.05, 1.05)
+    middle.set_ylim(-0.25 if "qwen" in name else -0.05, 1.05)
     panel(middle, "rewards, of the most they pay")
     for key, color, label in (
         ("lenient", COLORS[0], "lenient: right in any form"),
@@ -82,8 +84,8 @@ def p1(name: str = "laptop-42", file: str = "p1.png") -> None:
     if "qwen" in name:
         ends = json.loads((HERE / "runs" / name / "endings.json").read_text())
         ends = [ends[f"step {step}"] for step in steps]
-        tail = [end.get("\n</reasoning>", 0) / sum(end.values()) for end in ends]
-        right.plot(steps, smooth(tail), color=COLORS[2], label="with a stray </reasoning> at the end")
+        tail = [sum(end.get(stray, 0) for stray in STRAY) / sum(end.values()) for end in ends]
+        right.plot(steps, smooth(tail), color=COLORS[2], label="with </reasoning> after the answer")
     right.set_ylim(0, 1.05)
     panel(right, "share of the sampled completions")
     for ax, label in ((left, "log scale"), (middle, "step (means of the last five)"), (right, "step")):
@@ -134,14 +136,14 @@ def p2_and_p3(name: str = "qwen-half-b") -> None:
     hacked = [s for s in samples if s["completion"].endswith("</answer>\n</reasoning>")]
     shallow = [s for s in hacked if s["simple_correctness_reward_func"] == 2][-1]
     why = "The number is right, the sentences half make sense: correctness looks at the number alone. And nobody asked "
-    why += "for the second </reasoning>. A text that ends in </answer> is charged its whole length by xmlcount, here "
-    why += f"{0.001 * (len(shallow['completion']) - 13):.3f}; one with this tail pays 0.024."
+    why += "for the second </reasoning>. It pays: ending in </answer>, the same text is charged its whole length and "
+    why += f"gets {count_xml(shallow['completion'].removesuffix(STRAY[0])):.3f} from xmlcount in place of 0.476."
     card(shallow, "Correct, and shallow: Qwen2.5-Coder-0.5B", why, "p2.png")
     ended = [s for s in samples[:10] if s["completion"].endswith("</answer>")]
     lost = min(ended, key=lambda s: s["xmlcount_reward_func"])
     why = "int pays for a number between the tags, right or wrong. But <reasoning> is never closed, so both format "
     why += "rewards are 0; and as no newline follows </answer>, xmlcount takes 0.001 for each of the "
-    why += f"{len(lost['completion'])} characters: more than all its tags earn."
+    why += f"{len(lost['completion']) - 1} characters before its last: more than all its tags earn."
     card(lost, "An early failure: Qwen2.5-Coder-0.5B", why, "p3.png")
 
 

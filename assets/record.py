@@ -69,19 +69,25 @@ def samples(out: Path) -> tuple[list[dict], list[dict]]:
     return kept, max(groups, key=lambda group: len({row["advantage"] for row in group}))
 
 
-def endings(out: Path) -> dict[str, dict[str, int]]:
-    """What follows the last `</answer>` of the completions, how often: of each step, and of each evaluation.
+def ending(text: str) -> str:
+    """What follows the last `</answer>`; `none` where there is no such tag."""
+    tail = text.rpartition("</answer>")[2] if "</answer>" in text else "none"
+    return f"{tail} (the only one)" if tail.endswith("</reasoning>") and text.count("</reasoning>") == 1 else tail
 
-    Named are nothing, the newline that the format asks for, and the three most frequent; the rest is `other`, and
-    `none` are completions without the tag.
+
+def endings(out: Path) -> dict[str, dict[str, int]]:
+    """How often the completions of each step, and of each evaluation, end in what.
+
+    Named are nothing, the newline that the format asks for, and the four most frequent; the rest is `other`, and
+    `none` are completions without `</answer>`.
     """
     texts = {file.stem: pd.read_parquet(file)["completion"] for file in sorted(out.glob("evaluation/*.parquet"))}
     for file in sorted(out.glob("completions/*.parquet")):
         rows = pd.read_parquet(file)
         texts[f"step {rows['step'][0]}"] = rows["completion"].map(lambda message: message[0]["content"])
-    tails = {k: v.map(lambda t: t.rpartition("</answer>")[2] if "</answer>" in t else "none") for k, v in texts.items()}
+    tails = {key: column.map(ending) for key, column in texts.items()}
     often = Counter(tail for column in tails.values() for tail in column if tail not in ("", "\n", "none"))
-    named = ["", "\n", *(tail for tail, _ in often.most_common(3)), "none"]
+    named = ["", "\n", *(tail for tail, _ in often.most_common(4)), "none"]
     return {k: dict(Counter(tail if tail in named else "other" for tail in v)) for k, v in tails.items()}
 
 

@@ -16,6 +16,7 @@ from rewards import EXAMPLES, REWARD_FUNCS  # noqa: E402
 
 LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}  # title of the column, folder in assets/runs
 QWEN = {"seed 42": "qwen-half-b"}
+STRAY = ["\n</reasoning>", "\n</reasoning> (the only one)"]  # a closing tag after the answer, in endings.json
 MEASURED = {"before_zero_shot": "before", "before_one_shot": "before (one-shot)", "after_zero_shot": "after"}
 
 
@@ -100,6 +101,7 @@ def qwen() -> str:
     counts = [sum((Counter(ends[key]) for key in keys), Counter()) for keys in columns.values()]
     tails = sorted({tail for count in counts for tail in count} - {"other", "none"}, key=lambda tail: (len(tail), tail))
     words = {"": "nothing", "other": "anything else", "none": "there is no `</answer>`"}
+    words |= {STRAY[0]: f"{code(STRAY[0])}, a second one", STRAY[1]: f"{code(STRAY[0])}, the only one"}
     rows = [
         [words.get(tail, code(tail)), *(f"{count[tail] / count.total():.1%}" for count in counts)]
         for tail in [*tails, "other", "none"]

@@ -171,33 +171,40 @@ def test_readme_sentences_on_qwen_follow_from_its_record():
     before, _, after = (
         {k: v["value"] for k, v in evaluation["measurements"][when].items()} for when in tables.MEASURED
     )
-    stray = [ends[f"step {step}"].get("\n</reasoning>", 0) for step in range(1, 61)]
     control = json.loads((ROOT / "assets/runs/qwen-no-xmlcount/endings.json").read_text())
-    gone = [control[f"step {step}"].get("\n</reasoning>", 0) for step in range(1, 15)]
+    stray, gone = (
+        [[run[f"step {i}"].get(tail, 0) for tail in tables.STRAY] for i in range(1, n)]
+        for run, n in ((ends, 61), (control, 15))
+    )
     (last,) = (ROOT / "assets/runs/qwen-no-xmlcount/metrics.jsonl").read_text().splitlines()[13:]
     newline = sum(ends[f"step {step}"].get("\n", 0) for step in range(1, 61))
     right = [round(8 * m["accuracy/lenient"]) for m in metrics]
     soft = [m["rewards/soft_format_reward_func/mean"] * 2 for m in metrics]
+    shown = [
+        tables.interval(evaluation["measurements"][f"{w}_zero_shot"]["strict_accuracy"]) for w in ("before", "after")
+    ]
     parts = time_split(metrics, timers)
     step = sum(parts.values())
     failure = next(s for s in samples if s["xmlcount_reward_func"] == -0.45)
     assert record["resumed"] == 9 and min(soft[:7]) == 0 and max(soft[:7]) < soft[7] == 1
     assert before["lenient_accuracy"] == after["lenient_accuracy"] == after["strict_accuracy"]
-    assert sum(stray[:5]) == sum(gone[:5]) == 1 and sum(right[46:]) == 0
+    assert stray[:5] == gone[:5] == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 0]] and sum(right[46:]) == 0
     assert json.loads(last)["rewards/soft_format_reward_func/mean"] == 0.5 * 7 / 8
     readme = " ".join((ROOT / "README.md").read_text().split())
     for sentence in (
-        f"strict accuracy {before['strict_accuracy']:.1%} before and {after['strict_accuracy']:.1%} after,",
-        f"lenient accuracy {after['lenient_accuracy']:.1%} both times",
+        f"strict accuracy {shown[0]} before and {shown[1]} after, lenient accuracy {shown[1]} both times",
         f"A step took {step:.0f} s. The run was stopped nine times",
-        f"all eight completions have the soft format, from step 21 on {sum(soft[20:]) / 40:.0%} of them",
+        "all eight completions have the soft format for the first time",
+        f"from step 21 on {sum(soft[20:]) / 40:.0%} of them",
         f"takes {parts['generate'] / step:.0%} of a step at this size, the five rewards "
         f"{100 * parts['five rewards'] / step:.2g}%",
-        f"{len(failure['completion']) / 1000} in the [early failure]",
-        f"in 1 of the first 40 completions, in {stray[5]} of 8 at step 6 and in {stray[7]} of 8 at step 8",
+        f"{(len(failure['completion']) - 1) / 1000} in the [early failure]",
+        f"1 of the first 40 completions, {stray[5][1]} of 8 at step 6.",
+        f"in {stray[7][0]} of 8 at step 8 it is a second one",
         f"but {newline} of 480 completions ended so",
-        f"{sum(gone[5:])} of the 72 completions of steps 6 to 14 end so, with xmlcount {sum(stray[5:14])} of 72",
-        f"{sum(right[:46])} of the first 368 are right in any form, none of the last 112",
-        f"{after['tokens']:.0f} tokens in place of {before['tokens']:.0f}",
+        f"{sum(map(sum, gone[5:]))} of the 72 completions of steps 6 to 14 end in `</reasoning>`, with xmlcount "
+        f"{sum(map(sum, stray[5:14]))} of 72",
+        f"{sum(right[:46])} of the first 368 are right in any form and none of the last 112",
+        f"are shorter ({after['tokens']:.0f} tokens, before {before['tokens']:.0f})",
     ):
         assert sentence in readme
