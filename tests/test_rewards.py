@@ -309,6 +309,6 @@ def test_no_torch_and_a_table_that_teaches():
     code = "import sys, rewards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     lines = subprocess.run([sys.executable, "rewards.py"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line, (name, text, _) in zip(lines[1:], rewards.EXAMPLES, strict=True):
         assert name in line and all(f"{value:.3f}" in line for value in [*all_five(text), sum(all_five(text))])
