@@ -203,7 +203,7 @@ def main() -> None:
     print("".join(f"{name:>16}" for name in ["gold answer: 18", *short]) + "     sum  why")
     for name, text, why in EXAMPLES:
         got = [f(completions=[[{"role": "assistant", "content": text}]], answer=["18"])[0] for f in REWARD_FUNCS]
-        print(f"{name:>16}" + "".join(f"{reward:16.3f}" for reward in got) + f"{sum(got):8.3f}  {why}")
+        print(f"{name:>16}" + "".join(f"{reward:16.3f}" for reward in got) + f"{sum(got):8.3f}  {why}: {text!r}")
 
 
 if __name__ == "__main__":

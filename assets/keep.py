@@ -56,7 +56,9 @@ class UserError(Exception):
 def check_gpu(args: GRPOConfig) -> None:
     """UserError where there is no GPU that can do what `args` asks for; TRL would say so less clearly."""
     if not torch.cuda.is_available():
-        raise UserError("no CUDA GPU here. On a laptop: python grpo_demo.py --config assets/tiny/config.yaml")
+        raise UserError(
+            "no CUDA GPU here. On a laptop: python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
+        )
     if (n := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
         n = 1 << n.bit_length() - 1  # as many as share 64 completions evenly
         launch = f"accelerate launch --num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
