@@ -74,7 +74,7 @@ def p1(name: str = "laptop-42", file: str = "p1.png") -> None:
     for reward, most, color in zip(REWARDS, [0.5, 0.5, 0.5, 0.5, 2.0], COLORS, strict=True):
         curve = smooth([m[f"rewards/{reward}_reward_func/mean"] / most for m in metrics])
         middle.plot(steps, curve, color=color, label=reward)
-    middle.set_ylim(-0.25 if "qwen" in name else -0.05, 1.05)
+    middle.set_ylim(top=1.05)
     panel(middle, "rewards, of the most they pay")
     for key, color, label in (
         ("lenient", COLORS[0], "lenient: right in any form"),
@@ -133,11 +133,12 @@ def card(sample: dict, title: str, why: str, file: str) -> None:
 def p2_and_p3(name: str = "qwen-half-b") -> None:
     """A correct but shallow answer from the end of the run, and a failure from its beginning."""
     samples = json.loads((HERE / "runs" / name / "samples.json").read_text())
-    hacked = [s for s in samples if s["completion"].endswith("</answer>\n</reasoning>")]
+    hacked = [s for s in samples if s["completion"].endswith(f"</answer>{STRAY[0]}")]
     shallow = [s for s in hacked if s["simple_correctness_reward_func"] == 2][-1]
     why = "The number is right, the sentences half make sense: correctness looks at the number alone. And nobody asked "
     why += "for the second </reasoning>. It pays: ending in </answer>, the same text is charged its whole length and "
-    why += f"gets {count_xml(shallow['completion'].removesuffix(STRAY[0])):.3f} from xmlcount in place of 0.476."
+    less = count_xml(shallow["completion"].removesuffix(STRAY[0]))
+    why += f"gets {less:.3f} from xmlcount in place of {shallow['xmlcount_reward_func']:.3f}."
     card(shallow, "Correct, and shallow: Qwen2.5-Coder-0.5B", why, "p2.png")
     ended = [s for s in samples[:10] if s["completion"].endswith("</answer>")]
     lost = min(ended, key=lambda s: s["xmlcount_reward_func"])

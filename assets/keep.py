@@ -28,8 +28,9 @@ from transformers.integrations import WandbCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.extras.profiling import profiling_context
 
+from assets.measures import as_number
 from assets.verdict import figures, verdict
-from rewards import as_number, extract_hash_answer
+from rewards import extract_hash_answer
 
 FREE_SETTINGS = [
     "evaluate",

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import (
-    REWARD_FUNCS,
-    count_xml,
-    equations,
-    extract_hash_answer,
-    extract_xml_answer,
-    is_lenient_correct,
-    is_strict_correct,
-)
+from assets.measures import as_number, equations, is_lenient_correct
+from rewards import REWARD_FUNCS, count_xml, extract_hash_answer, extract_xml_answer, is_strict_correct
 
 PERFECT = "<reasoning>\nbecause\n</reasoning>\n<answer>\n18\n</answer>\n"
 
@@ -193,7 +186,7 @@ def test_formats_are_the_gists_patterns(text):
 @needs_gsm8k
 def test_all_gold_answers_parse():
     golds = [extract_hash_answer(row["answer"]) for row in gsm8k("train")]
-    assert len(golds) == 7473 and all(rewards.as_number(g) is not None for g in golds)
+    assert len(golds) == 7473 and all(as_number(g) is not None for g in golds)
     assert sum(g.startswith("-") for g in golds) == 3
     assert [sum(not g.isdigit() for g in golds)] == [sum(reward("int", g) == 0 for g in golds)]
 

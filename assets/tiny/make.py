@@ -35,8 +35,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+from assets.measures import is_lenient_correct  # noqa: E402
 from grpo_demo import ONE_SHOT_QUESTION, ONE_SHOT_REASONING, SYSTEM_PROMPT, XML_COT_FORMAT  # noqa: E402
-from rewards import STRICT_FORMAT, is_lenient_correct  # noqa: E402
+from rewards import STRICT_FORMAT  # noqa: E402
 
 SEED = 0
 STEPS = 1600  # about 0.5 s each on 2 cores
