@@ -1,47 +1,50 @@
-"""The five reward functions of willccbb's `grpo_demo.py`, rule for rule, and what is measured beside them.
+"""The five reward functions of willccbb's `grpo_demo.py`, and the four scores of the evaluation.
 
-    python rewards.py      # seven example completions: what each reward gives them, and why
+    python rewards.py      # seven example completions and how each reward scores them
 
-Every reward takes TRL's keyword arguments and returns one float per completion, higher is better:
+Source: gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb. Standard library only. TRL calls
+each reward with lists, one entry per completion, and expects one float per completion:
 
     reward(prompts=..., completions=..., answer=..., **kwargs) -> list[float]
 
-    prompts      one conversation per completion: [{"role": ..., "content": ...}, ...]
-    completions  one message list per completion: [{"role": "assistant", "content": text}]
-    answer       the gold answers, one string per completion
-    kwargs       other dataset columns, and TRL 1.16's `log_extra` and `log_metric`; all optional
+    completions  [{"role": "assistant", "content": text}] each
+    answer       the gold answer of each, a string
+    kwargs       other columns of the dataset and TRL's own arguments; ignored
 
-They never raise, whatever the text, and take time linear in its length. A perfect completion earns 4.0. No torch here.
+A perfect completion earns 4.0. No function raises an exception, whatever the text.
 """
 
 import re
+from fractions import Fraction
 
-from assets.measures import equations, is_lenient_correct
-
-# `(?s)`: the dot matches newlines; without it multi-line reasoning never matches and both format rewards stay at 0.
-# `++`, `*+` and `(?>...)` keep their first match: the same texts match as in the gist, but hostile ones take no
-# quadratic time.
-SOFT_FORMAT = re.compile(r"(?s)<reasoning>(?:[^<]++|<(?!/reasoning>\s*<answer>))*+</reasoning>\s*<answer>.*?</answer>")
+# `(?s)` lets the dot match newlines; without it multi-line reasoning never earns a format reward.
+# `++`, `*+` and `(?>...)` do not backtrack: same matches, linear time on hostile input.
+SOFT_FORMAT = re.compile(
+    r"(?s)<reasoning>(?:[^<]++|<(?!/reasoning>\s*<answer>))*+</reasoning>\s*<answer>.*?</answer>"
+)
 STRICT_FORMAT = re.compile(r"(?s)^<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n$")
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![.0-9])\.[0-9]++"
+SIGN = r"(?:(?<![0-9A-Za-z)])[-−]\$?|\$[-−]?)?"  # no sign in `10-3`
+NUMBER = re.compile(rf"{SIGN}(?:{DIGITS})(?:/[0-9]++)?")
 
 
 def extract_xml_answer(text: str) -> str:
-    """What follows the last `<answer>`, up to `</answer>`, stripped; the whole text where there is no tag (gist)."""
+    """Return the text after the last `<answer>`, cut at `</answer>`; without tags, all (gist)."""
     return text.split("<answer>")[-1].split("</answer>")[0].strip()
 
 
 def extract_hash_answer(text: str) -> str | None:
-    """GSM8K's gold answer: what follows `####`, without `,` and `$`; None where there is no `####` (gist)."""
+    """Return GSM8K's gold answer: the text after `####` without `,` and `$`, or None (gist)."""
     if "####" not in text:
         return None
     return text.split("####")[1].strip().replace(",", "").replace("$", "")
 
 
 def count_xml(text: str) -> float:
-    """The gist's partial credit: 0.125 for each tag on a line of its own, minus 0.001 per character after the end.
+    """Return the gist's partial credit: 0.125 per tag, minus 0.001 per character after the end.
 
-    A text without `\\n</answer>\\n` is charged its whole length: without its final newline a long answer loses more
-    than all tags earn. With a newline and any short text after it, it loses next to nothing.
+    The penalty splits on `\\n</answer>\\n`. Without the final newline the split returns the whole
+    text, so its full length is penalized.
     """
     count = 0.0
     if text.count("<reasoning>\n") == 1:
@@ -53,54 +56,38 @@ def count_xml(text: str) -> float:
         count -= len(text.split("\n</answer>\n")[-1]) * 0.001
     if text.count("\n</answer>") == 1:
         count += 0.125
-        count -= (len(text.split("\n</answer>")[-1]) - 1) * 0.001  # one character is free: the final newline
+        count -= (len(text.split("\n</answer>")[-1]) - 1) * 0.001  # the final newline is free
     return count
 
 
 def xmlcount_reward_func(completions: list, **kwargs) -> list[float]:
-    """At most 0.5, without a lower bound: `count_xml` of each completion."""
+    """Return `count_xml` of each completion: at most 0.5, no lower bound."""
     return [count_xml(c[0]["content"]) for c in completions]
 
 
 def soft_format_reward_func(completions: list, **kwargs) -> list[float]:
-    """0.5 where the completion begins with a reasoning block followed by an answer block, spaced anyhow."""
+    """Return 0.5 for a reasoning block, any whitespace, then an answer block; else 0."""
     return [0.5 if SOFT_FORMAT.match(c[0]["content"]) else 0.0 for c in completions]
 
 
 def strict_format_reward_func(completions: list, **kwargs) -> list[float]:
-    """0.5 where every tag is on a line of its own and nothing but one newline follows (`$` allows a second)."""
+    """Return 0.5 if every tag is on a line of its own and nothing follows the last; else 0."""
     return [0.5 if STRICT_FORMAT.match(c[0]["content"]) else 0.0 for c in completions]
 
 
 def int_reward_func(completions: list, **kwargs) -> list[float]:
-    """0.5 where the extracted answer is digits only (`str.isdigit`: `²` and `٣` count, `-3` and `1,000` do not)."""
+    """Return 0.5 if the extracted answer is all digits (`str.isdigit`: not `-3`, not `1,000`)."""
     return [0.5 if extract_xml_answer(c[0]["content"]).isdigit() else 0.0 for c in completions]
 
 
 def simple_correctness_reward_func(completions: list, answer: list[str], **kwargs) -> list[float]:
-    """2.0 where the extracted answer is the gold string, exactly.
-
-    Logs what the gist printed as columns `gold` and `extracted` of TRL's completions table, and as metrics
-    `accuracy/strict`, `accuracy/lenient` (shares), `reasoning/steps` (equations a completion) and
-    `reasoning/valid_steps` (share of the equations that are true; absent where there are none).
-    """
-    texts = [c[0]["content"] for c in completions]
-    extracted = [extract_xml_answer(text) for text in texts]
-    if log_extra := kwargs.get("log_extra"):
-        log_extra("gold", list(answer))
-        log_extra("extracted", extracted)
-    if log_metric := kwargs.get("log_metric"):
-        steps = [step for text in texts for step in equations(text)]
-        log_metric("accuracy/strict", sum(map(is_strict_correct, texts, answer)) / len(texts))
-        log_metric("accuracy/lenient", sum(map(is_lenient_correct, texts, answer)) / len(texts))
-        log_metric("reasoning/steps", len(steps) / len(texts))
-        if steps:
-            log_metric("reasoning/valid_steps", sum(steps) / len(steps))
+    """Return 2.0 if the extracted answer is exactly the gold string, else 0."""
+    extracted = [extract_xml_answer(c[0]["content"]) for c in completions]
     return [2.0 if got == gold else 0.0 for got, gold in zip(extracted, answer, strict=True)]
 
 
-correctness_reward_func = simple_correctness_reward_func  # the gist's own name for it
-REWARD_FUNCS = [  # in the order in which the gist wires them
+correctness_reward_func = simple_correctness_reward_func  # its name in the gist
+REWARD_FUNCS = [  # in the gist's order
     xmlcount_reward_func,
     soft_format_reward_func,
     strict_format_reward_func,
@@ -109,13 +96,41 @@ REWARD_FUNCS = [  # in the order in which the gist wires them
 ]
 
 
+def as_number(text: str) -> Fraction | None:
+    """Return `-$1,000.50` or `3/4` as an exact number; None if it is not one, or too long."""
+    try:
+        plain = re.sub(r"[,$]", "", text).replace("−", "-")
+        # An exponent could take hours: 1e999999999
+        return Fraction(plain) if len(text) <= 50 and "e" not in plain.lower() else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def last_number(text: str) -> str:
+    """Return the last number in the text as it is written there; '' if there is none."""
+    end = 1 + max(text.rfind(digit) for digit in "0123456789")
+    start = len(text[:end].rstrip("-−$0123456789.,/"))
+    numbers = NUMBER.findall(text[max(0, start - 1) : end])  # the character before decides the sign
+    return numbers[-1] if numbers else ""
+
+
 def is_strict_correct(text: str, gold: str) -> bool:
-    """Right in the asked-for form: the text inside the last `<answer>...</answer>` is the gold string."""
-    return "</answer>" in text.rpartition("<answer>")[2] and "<answer>" in text and extract_xml_answer(text) == gold
+    """Return whether the text inside the last `<answer>...</answer>` is exactly the gold string."""
+    _, opened, tail = text.rpartition("<answer>")
+    return bool(opened) and "</answer>" in tail and extract_xml_answer(text) == gold
+
+
+def is_lenient_correct(text: str, gold: str) -> bool:
+    """Return whether the last number in the text equals the gold answer, in any form.
+
+    `1,000`, `$18`, `18.00`, `-3`, `3/4`, `18.` and `18kg` are read as a person reads them.
+    """
+    want = as_number(gold)
+    return want is not None and as_number(last_number(text)) == want
 
 
 def score(text: str, gold: str) -> dict[str, bool]:
-    """What the evaluation asks of one completion."""
+    """Return the four yes/no scores used in evaluation."""
     return {
         "strict_format": bool(STRICT_FORMAT.match(text)),
         "soft_format": bool(SOFT_FORMAT.match(text)),
@@ -124,40 +139,27 @@ def score(text: str, gold: str) -> dict[str, bool]:
     }
 
 
-EXAMPLES = [  # the gold answer is 18
-    ("perfect", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>\n", "tags on their own lines, gold"),
-    ("no final newline", "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>", "xmlcount takes 0.001 x 56"),
-    (
-        "a tag too many",
-        "<reasoning>\n9 * 2 = 18\n</reasoning>\n<answer>\n18\n</answer>\n</reasoning>",
-        "only 0.001 x 24: a hole",
-    ),
-    (
-        "one line",
-        "<reasoning>9 * 2 = 18</reasoning> <answer>18</answer>",
-        "soft needs no newlines",
-    ),
-    ("plain prose", "9 eggs for $2: 9 * 2 = 18. The answer is 18.", "right, but without tags nobody can read it"),
-    (
-        "wrong answer",
-        "<reasoning>\n9 + 2 = 11\n</reasoning>\n<answer>\n11\n</answer>\n",
-        "half the reward is for form",
-    ),
-    (
-        "negative answer",
-        "<reasoning>\n9 - 27 = -18\n</reasoning>\n<answer>\n-18\n</answer>\n",
-        "a minus sign is no digit",
-    ),
+XML = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>\n"
+EXAMPLES = [  # name, completion, comment; the gold answer is 18
+    ("perfect", XML.format("9 * 2 = 18", "18"), "tags on their own lines, gold answer"),
+    ("no final newline", XML.format("9 * 2 = 18", "18")[:-1], "xmlcount subtracts 0.001 x 56"),
+    ("a tag too many", XML.format("9 * 2 = 18", "18") + "</reasoning>", "only 0.001 x 24: a hole"),
+    ("one line", "<reasoning>9 * 2 = 18</reasoning> <answer>18</answer>", "soft needs no newlines"),
+    ("plain prose", "9 eggs for $2: 9 * 2 = 18. The answer is 18.", "right, but not in tags"),
+    ("wrong answer", XML.format("9 + 2 = 11", "11"), "half the reward is for the format"),
+    ("negative answer", XML.format("9 - 27 = -18", "-18"), "a minus sign is not a digit"),
 ]
 
 
 def main() -> None:
     """Print what each reward gives the seven examples."""
-    short = [f.__name__.removesuffix("_reward_func").removeprefix("simple_") for f in REWARD_FUNCS]
-    print("".join(f"{name:>16}" for name in ["gold answer: 18", *short]) + "     sum  why")
-    for name, text, why in EXAMPLES:
-        got = [f(completions=[[{"role": "assistant", "content": text}]], answer=["18"])[0] for f in REWARD_FUNCS]
-        print(f"{name:>16}" + "".join(f"{reward:16.3f}" for reward in got) + f"{sum(got):8.3f}  {why}: {text!r}")
+    names = ["xmlcount", "soft", "strict", "int", "correct", "sum"]
+    print(f"{'gold answer: 18':>17}" + "".join(f"{name:>9}" for name in names))
+    for name, text, comment in EXAMPLES:
+        arguments = {"completions": [[{"role": "assistant", "content": text}]], "answer": ["18"]}
+        rewards = [reward(**arguments)[0] for reward in REWARD_FUNCS]
+        cells = "".join(f"{value:9.3f}" for value in [*rewards, sum(rewards)])
+        print(f"{name:>17}{cells}\n{'':19}{comment}: {text!r}")
 
 
 if __name__ == "__main__":
