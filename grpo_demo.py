@@ -368,7 +368,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         if evaluation:
             evaluation.evaluate(trainer.model, tokenizer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer.model, tokenizer, "before_one_shot", one_shot=True)
-        trainer.train(resume_from_checkpoint=kept.checkpoint)
+        kept.train()  # trainer.train(), from the newest checkpoint
         trainer.save_model()
         if evaluation:
             model = trainer.accelerator.unwrap_model(trainer.model)

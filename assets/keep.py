@@ -3,7 +3,7 @@
     with keep.run(args, config) as kept:      # new, resumable, finished or unrelated?
         trainer = ...
         kept.watch(trainer)                   # signals, W&B, warnings
-        trainer.train(resume_from_checkpoint=kept.checkpoint)
+        kept.train()                          # from the newest checkpoint
 
 SIGTERM and Ctrl-C save a checkpoint and exit with status 128 + signal; the same command resumes.
 Also here: how the project reports an error. Imports nothing of the project.
@@ -25,15 +25,16 @@ from pathlib import Path
 import wandb
 from accelerate.utils import gather_object
 from torch.nn.utils import get_total_norm
+from transformers import TrainerState
 from transformers.integrations import WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from wandb.sdk.lib.runid import generate_id
 
 # Settings that do not change what is computed: they may differ when a run is resumed
-FREE_SETTINGS = """evaluate eval_samples eval_only per_device_eval_batch_size overwrite_output
-    output_dir report_to project run_name logging_steps log_completions num_completions_to_print
-    save_steps save_strategy save_total_limit disable_tqdm"""
+FREE_SETTINGS = """evaluate eval_samples eval_only per_device_eval_batch_size eval_batch_size
+    overwrite_output output_dir report_to project run_name logging_steps log_completions
+    num_completions_to_print save_steps save_strategy save_total_limit disable_tqdm"""
 DISK_FULL = re.compile("No space left|inline_container|iostream")  # the last two are torch.save's
 
 
@@ -92,8 +93,6 @@ def run(args: GRPOConfig, config: dict) -> Iterator["Run"]:
 
 class Run(WandbCallback):
     """A claimed output directory, and the callback that watches its training.
-
-    checkpoint  the newest complete checkpoint, for `resume_from_checkpoint`; None for a new run.
 
     After a kill, training repeats the steps since the last checkpoint. They are the same steps, so
     those in the W&B files are not logged again.
@@ -157,6 +156,18 @@ class Run(WandbCallback):
         trainer.remove_callback(WandbCallback)
         trainer.add_callback(self)
 
+    def train(self) -> None:
+        """Train from the newest checkpoint; if that is the last step, only load it.
+
+        transformers would train one more step if that step is inside an epoch.
+        """
+        if self.checkpoint:
+            state = TrainerState.load_from_json(f"{self.checkpoint}/trainer_state.json")
+            if state.global_step >= state.max_steps:
+                self.trainer._load_from_checkpoint(self.checkpoint)
+                return self.setup(self.args, state, self.trainer.model)
+        self.trainer.train(resume_from_checkpoint=self.checkpoint)
+
     def on_signal(self, number, frame):
         if self.signal or not self.trainer.is_in_train:  # the second one, or nothing to save
             say("\nstopped; the same command resumes from the last checkpoint", error=True)
@@ -182,10 +193,8 @@ class Run(WandbCallback):
         where = {"project": os.environ.get("WANDB_PROJECT", args.project), "name": args.run_name}
         where |= {"dir": args.output_dir, "id": self.record["wandb_id"], "resume": "allow"}
         patience = {"init_timeout": 30, "finish_timeout": 60, "finish_timeout_raises": True}
-        at_once = wandb.Settings(
-            x_transaction_log_flush_interval=0.01, **patience
-        )  # survives a kill
-        where |= {"config": self.config, "settings": at_once}
+        patience["x_transaction_log_flush_interval"] = 0.01  # write at once: a kill loses nothing
+        where |= {"config": self.config, "settings": wandb.Settings(**patience)}
         try:
             wandb.init(**where, mode=mode)
         except wandb.Error as error:

@@ -1,10 +1,14 @@
 """Keep the record of a finished run: what README's numbers and pictures are made from.
 
-    python assets/record.py outputs/tiny laptop-42      # writes assets/runs/laptop-42, well under 1 MB
+    python assets/record.py outputs/tiny laptop-42      # writes assets/runs/laptop-42, under 1 MB
 
-`record.json` (command, versions, hardware, settings), `metrics.jsonl` (a line a step), `timers.json` (W&B's profiling
-timers, seconds, one list a name), `evaluation.json`, `samples.json` (20 early and late completions, their rewards),
-`group.json` (all completions of one prompt), `endings.json` (what follows the last `</answer>`, how often).
+record.json      command, date, versions, hardware, settings
+metrics.jsonl    a line a step
+timers.json      W&B's profiling timers, in seconds: a list a name
+evaluation.json  as the run wrote it
+samples.json     20 early and late completions with their rewards
+group.json       all completions of one prompt
+endings.json     what follows the last `</answer>`, how often
 """
 
 import importlib.metadata
@@ -21,20 +25,22 @@ from pathlib import Path
 import pandas as pd
 
 RUNS = Path(__file__).resolve().parent / "runs"
+PACKAGES = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb", "vllm"]
 
 
 def history(out: Path) -> tuple[list[dict], dict]:
-    """All W&B history rows of a run, and how it was started (command line, date, resumed), from its local files.
+    """Return the rows of a run's W&B files, and how it was started (command, date, resumed).
 
-    A run that was stopped and went on has several files. Offline each has a clock of its own: here `_runtime` goes on.
+    A resumed run has several files. Offline each has its own clock: here `_runtime` goes on.
     """
-    files = [file for file in sorted(out.glob("wandb/*run-*/*.wandb")) if not file.parent.is_symlink()]
+    files = [f for f in sorted(out.glob("wandb/*run-*/*.wandb")) if not f.parent.is_symlink()]
     rows, started = [], {"resumed": len(files) - 1}
     for file in files:
-        before = rows[-1]["_runtime"] if rows and file.parent.name.startswith("offline") else 0.0
+        offline = file.parent.name.startswith("offline")
+        before = rows[-1]["_runtime"] if rows and offline else 0.0
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
-            record = json.loads(line)
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for record in map(json.loads, text.splitlines()):
             if record["type"] == "history":
                 row = record["history"]["item"]
                 rows.append(row | {"_runtime": row["_runtime"] + before})
@@ -42,72 +48,80 @@ def history(out: Path) -> tuple[list[dict], dict]:
     return rows, started
 
 
+def read_completions(file: Path) -> list[dict]:
+    """Return the completions of a step: question, completion, rewards, advantage."""
+    rows = []
+    for row in pd.read_parquet(file).to_dict("records"):
+        row["question"] = row.pop("prompt")[-1]["content"]
+        row["completion"] = row["completion"][0]["content"]
+        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return rows
+
+
 def samples(out: Path) -> tuple[list[dict], list[dict]]:
-    """Ten completions of the first two steps and ten of the last two, with rewards and advantage; and a whole group.
+    """Return ten completions of the first two steps and ten of the last two; and a whole group.
 
-    Where none of the last ten is right, the last five that were take the place of five of them. The group is the one of
-    the first two steps with the most different rewards.
+    If none of the last ten is right, the run's last five right ones replace five of them. The group
+    is the one of the first two steps with the most different rewards.
     """
-
-    def read(file: Path) -> list[dict]:
-        rows = []
-        for row in pd.read_parquet(file).to_dict("records"):
-            row |= {"question": row.pop("prompt")[-1]["content"], "completion": row["completion"][0]["content"]}
-            rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-        return rows
 
     def right(row: dict) -> bool:
         return row["simple_correctness_reward_func"] == 2
 
-    steps = [read(file) for file in sorted(out.glob("completions/*.parquet"))]
-    kept = [row for rows in [*steps[:2], *steps[-2:]] for row in rows[:: max(1, len(rows) // 5)][:5]]
+    steps = [read_completions(file) for file in sorted(out.glob("completions/*.parquet"))]
+    ends = [*steps[:2], *steps[-2:]]
+    kept = [row for rows in ends for row in rows[:: max(1, len(rows) // 5)][:5]]
     if not any(map(right, kept[10:])):
         kept[10:15] = [row for rows in steps for row in rows if right(row)][-5:]
     groups = [
-        list(group) for rows in steps[:2] for _, group in itertools.groupby(rows, key=lambda row: row["question"])
+        list(group)
+        for rows in steps[:2]
+        for _, group in itertools.groupby(rows, key=lambda row: row["question"])
     ]
     return kept, max(groups, key=lambda group: len({row["advantage"] for row in group}))
 
 
 def ending(text: str) -> str:
-    """What follows the last `</answer>`; `none` where there is no such tag."""
+    """Return what follows the last `</answer>`; `none` if there is no such tag."""
     tail = text.rpartition("</answer>")[2] if "</answer>" in text else "none"
-    return f"{tail} (the only one)" if tail.endswith("</reasoning>") and text.count("</reasoning>") == 1 else tail
+    only = tail.endswith("</reasoning>") and text.count("</reasoning>") == 1
+    return f"{tail} (the only one)" if only else tail
 
 
 def endings(out: Path) -> dict[str, dict[str, int]]:
-    """How often the completions of each step, and of each evaluation, end in what.
+    """Count how the completions of each step and of each evaluation end.
 
-    Named are nothing, the newline that the format asks for, and the four most frequent; the rest is `other`, and
-    `none` are completions without `</answer>`.
+    Named are nothing, the newline that the format asks for, the four most frequent endings, and
+    `none` (no `</answer>`); the rest is `other`.
     """
-    texts = {file.stem: pd.read_parquet(file)["completion"] for file in sorted(out.glob("evaluation/*.parquet"))}
+    files = sorted(out.glob("evaluation/*.parquet"))
+    texts = {file.stem: pd.read_parquet(file)["completion"] for file in files}
     for file in sorted(out.glob("completions/*.parquet")):
         rows = pd.read_parquet(file)
-        texts[f"step {rows['step'][0]}"] = rows["completion"].map(lambda message: message[0]["content"])
+        texts[f"step {rows['step'][0]}"] = rows["completion"].map(lambda c: c[0]["content"])
     tails = {key: column.map(ending) for key, column in texts.items()}
-    often = Counter(tail for column in tails.values() for tail in column if tail not in ("", "\n", "none"))
-    named = ["", "\n", *(tail for tail, _ in often.most_common(4)), "none"]
-    return {k: dict(Counter(tail if tail in named else "other" for tail in v)) for k, v in tails.items()}
+    fixed = ["", "\n", "none"]
+    often = Counter(tail for column in tails.values() for tail in column if tail not in fixed)
+    named = [*fixed, *(tail for tail, _ in often.most_common(4))]
+    return {k: dict(Counter(t if t in named else "other" for t in v)) for k, v in tails.items()}
 
 
 def environment() -> dict:
-    """What a run's numbers depend on beside its settings: processor, Python, versions."""
-    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    gpu = shutil.which("nvidia-smi") and subprocess.check_output(["nvidia-smi", "-L"], text=True).strip()
-    name = next(
-        (line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.processor()
-    )
-    return {
-        "hardware": {"cpu": name, "cores": os.cpu_count()} | ({"gpu": gpu} if gpu else {}),
-        "python": platform.python_version(),
-        "versions": {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages},
-    }
+    """Return what a run's numbers depend on besides its settings: hardware, Python, versions."""
+    path = Path("/proc/cpuinfo")
+    info = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(": ")[1] for line in info if line.startswith("model name")]
+    hardware = {"cpu": (models or [platform.processor()])[0], "cores": os.cpu_count()}
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        hardware |= {"gpu": listed.stdout.strip()} if listed.returncode == 0 else {}
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
 
 
 def collect(out: Path) -> tuple[list[dict], dict[str, list[float]], dict]:
-    """A run's metrics (a dictionary a step), timers (seconds, a list a name, in order) and how it was started."""
+    """Return a run's metrics (a dict a step), timers (seconds, in order) and how it was started."""
     rows, started = history(out)
     metrics, timers = [], {}
     for row in rows:
@@ -122,15 +136,16 @@ def collect(out: Path) -> tuple[list[dict], dict[str, list[float]], dict]:
 
 
 def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str, float]:
-    """Mean seconds of each part of a step, without the first one; together the time from one log line to the next.
+    """Return the mean seconds of each part of a step, without the first step.
 
-    TRL's timers do not cover backward: it is what `step_time` has beside `_prepare_inputs` and `compute_loss`. The
-    reference's log-probs are timed once a generation, before those of the policy, once a micro-batch.
+    Together they are the time from one log line to the next. TRL's timers do not cover backward: it
+    is what `step_time` has besides `_prepare_inputs` and `compute_loss`. The reference's log-probs
+    are timed once a generation, before those of the policy, once a micro-batch.
     """
     steps = len(metrics)
 
     def seconds(name: str, every: int = 1) -> float:
-        """A step's seconds of a timer; with `every`, of its first entry and of each that comes so many later."""
+        """Return a step's seconds of a timer, or of every `every`-th entry."""
         values = timers.get(name, [])
         return sum(values[len(values) // steps :: every]) / (steps - 1)
 
@@ -147,33 +162,42 @@ def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str,
         "policy log-probs": policy,
         "loss": seconds("compute_loss") - policy,
         "backward": step_time - seconds("_prepare_inputs") - seconds("compute_loss"),
-        "optimizer": seconds("optimizer"),
     }
     whole = (metrics[-1]["runtime"] - metrics[0]["runtime"]) / (steps - 1)
-    return parts | {"the rest": whole - sum(parts.values())}
+    return parts | {"optimizer and the rest": whole - sum(parts.values())}
 
 
-def main() -> None:
-    out, folder = Path(sys.argv[1]), RUNS / sys.argv[2]
+def write_record(out: Path, folder: Path) -> int:
+    """Write all files of a record into `folder`; return the number of steps."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics, timers, started = collect(out)
-    run = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {"settings": {}}
     record = {
-        "command": "python grpo_demo.py " + " ".join(started.get("args", [])),
+        "command": " ".join(["python grpo_demo.py", *started.get("args", [])]),
         "date": started.get("started_at", "")[:10],
         **environment(),
         "seconds": started["seconds"],
         "resumed": started["resumed"],
-        "settings": run["settings"],
+        "settings": json.loads((out / "run.json").read_text())["settings"],
     }
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m, sort_keys=True) + "\n" for m in metrics))
+    lines = [json.dumps(step, sort_keys=True) + "\n" for step in metrics]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "timers.json").write_text(json.dumps(timers) + "\n")
     if (out / "evaluation.json").exists():
         shutil.copy(out / "evaluation.json", folder)
-    for name, rows in zip(("samples", "group", "endings"), (*samples(out), endings(out)), strict=True):
+    for name, rows in zip(
+        ("samples", "group", "endings"), (*samples(out), endings(out)), strict=True
+    ):
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1, default=str) + "\n")
-    print(folder, f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB, {len(metrics)} steps")
+    return len(metrics)
+
+
+def main() -> None:
+    """Run the command line: a finished run's output directory, and a name in assets/runs."""
+    out, folder = Path(sys.argv[1]), RUNS / sys.argv[2]
+    steps = write_record(out, folder)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e3
+    print(folder, f"{size:.0f} kB, {steps} steps")
 
 
 if __name__ == "__main__":

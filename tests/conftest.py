@@ -1,21 +1,33 @@
-"""Shared by the tests: the project root as working directory and import path, real GSM8K where it is, fast runs."""
+"""Shared by the tests: the script run in a forked child or as a command, W&B files, real GSM8K."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.update({"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"})
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.update(OFFLINE)
+os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "30000"})  # as the script
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
 needs_gsm8k = pytest.mark.skipif(
     not (GSM8K / "train.jsonl").exists(),
-    reason=f"needs the real GSM8K files train.jsonl and test.jsonl: set GSM8K_DIR to their folder (looked in {GSM8K})",
+    reason=f"needs the real GSM8K files: set GSM8K_DIR to their folder (looked in {GSM8K})",
 )
+LAPTOP = ("--config", "assets/tiny/config.yaml")
+TWO = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--main_process_port", "0"),
+)
+FORKS = multiprocessing.get_context("forkserver")  # one import, a fork for each run
+FORKS.set_forkserver_preload(["grpo_demo"])
 
 
 @pytest.fixture(autouse=True)
@@ -24,34 +36,87 @@ def in_root(monkeypatch):
 
 
 def gsm8k(split: str) -> list[dict]:
-    return [json.loads(line) for line in (GSM8K / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (GSM8K / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def note(fault: str, tried: object, recovered: object, lost: object) -> None:
-    """Add a row of README's reliability table to the file named by RELIABILITY, if any."""
+    """Add a row of the reliability table to the file named by RELIABILITY, if any."""
     if path := os.environ.get("RELIABILITY"):
         with open(path, "a") as file:
             file.write(json.dumps([fault, tried, recovered, lost]) + "\n")
 
 
-def run(
-    *flags: object, timeout: int = 600, env: dict | None = None, launcher: tuple = ()
-) -> subprocess.CompletedProcess:
-    """`python grpo_demo.py FLAGS` as a user runs it, in the project root; stdout, stderr and exit status."""
-    command = [*(launcher or (sys.executable,)), "grpo_demo.py", *map(str, flags)]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_API")} | (env or {})
-    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout)
+def child(argv: list[str], env: dict[str, str], logs: list[str]) -> None:
+    """Run `main(argv)` in a forked process, with its own environment and output files."""
+    os.environ.clear()
+    os.environ.update(env)
+    for number, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["grpo_demo.py", *argv]
+    import torch
+
+    import grpo_demo
+
+    torch.set_num_threads(1)  # these runs are small; two at a time do not disturb each other
+    grpo_demo.main(argv)
+
+
+class Job:
+    """A run of the script in the background, in a forked child."""
+
+    def __init__(self, *flags: object, env: dict | None = None):
+        log = f"{os.environ['JOBS']}/{time.monotonic_ns()}"
+        self.logs = [f"{log}.out", f"{log}.err"]
+        for path in self.logs:
+            Path(path).touch()
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_API")}
+        arguments = ([*map(str, flags)], clean | (env or {}), self.logs)
+        self.process = FORKS.Process(target=child, args=arguments)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def wait(self, timeout: int = 300) -> SimpleNamespace:
+        """Wait for the end: returncode (negative: killed by that signal), stdout, stderr."""
+        self.process.join(timeout)
+        assert not self.alive(), f"still running: {Path(self.logs[1]).read_text()[-2000:]}"
+        out, err = (Path(log).read_text() for log in self.logs)
+        return SimpleNamespace(returncode=self.process.exitcode, stdout=out, stderr=err)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jobs(tmp_path_factory):
+    os.environ["JOBS"] = str(tmp_path_factory.mktemp("jobs"))
+
+
+def run(*flags: object, env: dict | None = None) -> SimpleNamespace:
+    """Run `python grpo_demo.py FLAGS` in a forked child: stdout, stderr and exit status."""
+    return Job(*flags, env=env).wait()
+
+
+def command(*flags: object, env: dict | None = None, launcher: tuple = (sys.executable,)):
+    """Run the real command as a user does, in a new Python, in the project's root."""
+    argv = [*launcher, "grpo_demo.py", *map(str, flags)]
+    env = os.environ | (env or {})
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def history(file: Path) -> list[dict]:
-    """The history rows of one W&B file, read back with `wandb leet inspect --json`."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    """Return the history rows of one W&B file, read back with `wandb leet inspect --json`."""
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout.splitlines()
     records = [json.loads(line) for line in lines]
     return [r["history"]["item"] for r in records if r["type"] == "history"]
 
 
 def wandb_rows(output_dir: Path) -> list[dict]:
-    """The history rows of a run that was never interrupted: it has one W&B file."""
+    """Return the history rows of a run that was never interrupted: it has one W&B file."""
     (file,) = Path(output_dir, "wandb").glob("*run-*/*.wandb")
     return history(file)
+
+
+def series(rows: list[dict], name: str) -> list[float]:
+    return [row[name] for row in rows if name in row]

@@ -1,13 +1,13 @@
-"""Datasets: local folders, bad rows, long prompts, and the real GSM8K; the embedded one."""
+"""Datasets: local folders, bad rows, long prompts, the real GSM8K and the embedded one."""
 
-import importlib.util
 import json
 
 import pytest
-from conftest import GSM8K, ROOT, gsm8k, needs_gsm8k
+from conftest import GSM8K, LAPTOP, ROOT, gsm8k, needs_gsm8k
 from transformers import AutoTokenizer
 
 import grpo_demo
+from assets.tiny import make
 from grpo_demo import UserError, get_gsm8k_questions
 
 GOOD = json.dumps({"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"})
@@ -42,20 +42,33 @@ def test_bad_rows_are_counted_in_one_line(tmp_path, capsys):
     assert len(get_gsm8k_questions("train", folder(tmp_path, GOOD, *bad))) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "7 of 8 train rows left out" in line
-    assert all(part in line for part in ["2 with no number after '####'", "4 with no text in", "1 with no JSON"])
+    for part in ("2 with no number after '####'", "4 with no text in", "1 with no JSON"):
+        assert part in line
 
 
 @pytest.mark.parametrize(
     "lines", [[], ["", " "], ['{"a": 1}'], ["not json"]], ids=["empty", "blank", "columns", "json"]
 )
 def test_no_usable_row_is_an_error(tmp_path, lines):
-    with pytest.raises(UserError, match="no usable row in the train split"):
+    with pytest.raises(UserError, match="no usable row in split 'train'"):
         get_gsm8k_questions("train", folder(tmp_path, *lines))
 
 
 def test_a_missing_split_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"no split 'test'.*test\.jsonl"):
         get_gsm8k_questions("test", folder(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize("test", [None, "", "not json"], ids=["missing", "empty", "unusable"])
+def test_no_test_split_is_an_error_before_any_work(tmp_path, monkeypatch, capsys, test):
+    monkeypatch.setenv("COLUMNS", "160")
+    data, out = folder(tmp_path, *[GOOD] * 8), tmp_path / "out"
+    if test is not None:
+        folder(tmp_path, test, split="test")
+    with pytest.raises(SystemExit) as stopped:
+        grpo_demo.main([*LAPTOP, "--dataset_name", data, "--output_dir", str(out)])
+    assert stopped.value.code == 2 and not out.exists()
+    assert "--evaluate False" in capsys.readouterr().err
 
 
 def test_odd_characters_and_bytes(tmp_path):
@@ -67,25 +80,29 @@ def test_odd_characters_and_bytes(tmp_path):
     assert [r["question"] for r in rows] == [row["question"], "How many?"]
 
 
+def laptop(tmp_path, *flags: str):
+    return grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path / "out"), *flags])
+
+
 def test_long_prompts_are_reported_and_kept(tmp_path, capsys):
-    args, model_args = grpo_demo.parse_args(
-        f"--config assets/tiny/config.yaml --output_dir {tmp_path}/out --report_to none --max_prompt_length 60".split()
-    )
     rows = get_gsm8k_questions("train", "assets/tiny")
-    trainer = grpo_demo.build_trainer(args, model_args, rows)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
     ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)["input_ids"]
-    assert f"{sum(len(i) > 60 for i in ids)} of {len(rows)} prompts have more than 60 tokens" in line
+    lengths = sorted(map(len, ids))
+    limit = lengths[len(lengths) // 2]
+    long = sum(length > limit for length in lengths)
+    flags = ["--report_to", "none", "--max_prompt_length", str(limit)]
+    trainer = grpo_demo.build_trainer(*laptop(tmp_path, *flags), rows)
+    errors = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in errors if line.startswith("warning")]
+    assert f"{long} of {len(rows)} prompts" in line and 0 < long < len(rows)
     assert trainer.train_dataset["prompt"][:] == rows["prompt"][:]
 
 
 def test_too_few_rows_for_a_step(tmp_path):
-    args, model_args = grpo_demo.parse_args(
-        ["--config", "assets/tiny/config.yaml", "--output_dir", str(tmp_path / "out")]
-    )
+    rows = get_gsm8k_questions("train", folder(tmp_path, GOOD))
     with pytest.raises(UserError, match="1 training rows do not fill a step of 8 prompts"):
-        grpo_demo.build_trainer(args, model_args, get_gsm8k_questions("train", folder(tmp_path, GOOD)))
+        grpo_demo.build_trainer(*laptop(tmp_path), rows)
 
 
 @needs_gsm8k
@@ -95,23 +112,26 @@ def test_real_gsm8k(capsys):
     assert train[0]["question"] == gsm8k("train")[0]["question"]
 
 
+def embedded(split: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / f"assets/tiny/{split}.jsonl").open()]
+
+
 def test_the_embedded_data():
-    splits = {s: [json.loads(x) for x in (ROOT / f"assets/tiny/{s}.jsonl").open()] for s in ("train", "test")}
-    questions = {s: {r["question"] for r in rows} for s, rows in splits.items()}
-    assert (
-        len(questions["train"]) == len(splits["train"]) == 480 and len(questions["test"]) == len(splits["test"]) == 512
-    )
+    splits = {split: embedded(split) for split in ("train", "test")}
+    questions = {split: {row["question"] for row in rows} for split, rows in splits.items()}
+    assert {split: len(asked) for split, asked in questions.items()} == {"train": 480, "test": 512}
     assert not questions["train"] & questions["test"]
-    assert all(len(get_gsm8k_questions(s, "assets/tiny")) == len(splits[s]) for s in splits)
-    assert sum(f.stat().st_size for f in (ROOT / "assets/tiny").iterdir() if f.is_file()) < 4_000_000
+    for split, rows in splits.items():
+        assert len(get_gsm8k_questions(split, "assets/tiny")) == len(rows)
+    files = [path for path in (ROOT / "assets/tiny").iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4_000_000
 
 
 def test_the_embedded_model_is_an_ordinary_directory():
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "12?"}], add_generation_prompt=True, tokenize=False
-    )
+    chat = [{"role": "user", "content": "12?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>user\n12?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and tokenizer.tokenize("12") == ["1", "2"]
@@ -120,12 +140,9 @@ def test_the_embedded_model_is_an_ordinary_directory():
 
 
 def test_no_question_is_in_two_splits_of_the_maker():
-    spec = importlib.util.spec_from_file_location("make", ROOT / "assets/tiny/make.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
     for split in ("train", "test"):
-        rows = [json.loads(x) for x in (ROOT / f"assets/tiny/{split}.jsonl").open()]
-        assert {make.split_of(r["question"]) for r in rows} == {split}
+        assert {make.split_of(row["question"]) for row in embedded(split)} == {split}
     rng, fixed = make.random.Random(5), {make.ONE_SHOT_QUESTION, "Equations"}
-    asked = {m["content"] for _ in range(500) for m in make.sample(rng)[0] if m["role"] == "user"} - fixed
-    assert len(asked) > 400 and {make.split_of(q) for q in asked} == {"pretrain"}
+    messages = [message for _ in range(500) for message in make.sample(rng)[0]]
+    asked = {m["content"] for m in messages if m["role"] == "user"} - fixed
+    assert len(asked) > 400 and {make.split_of(question) for question in asked} == {"pretrain"}

@@ -1,210 +1,282 @@
-"""The verdict on planted models, the intervals against their definitions, and what the evaluation keeps."""
+"""The verdict on planted models, the intervals, what the evaluation keeps, README's tables."""
 
 import json
-import math
 import random
+import re
+import statistics
 
 import pytest
-from conftest import ROOT
+from conftest import LAPTOP, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_demo
 from assets import tables
-from assets.record import time_split
-from assets.verdict import figures, gain, verdict
-from rewards import score
+from assets.evaluate import COLUMNS, Evaluation, explain, gain, share, summarize, verdict
+from rewards import REWARD_FUNCS, score
 
 XML = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n{}\n</answer>\n"
+SCORES = list(score("", ""))
 
 
-def planted(n: int, form: float, right: float, seed: int) -> list[dict]:
-    """Completions of a model that writes XML in a share `form` of its answers and is right in a share `right`."""
+def planted(form: float, right: float, seed: int, n: int = 500) -> list[dict]:
+    """Return the rows of a model that writes XML in a share `form` and is right in `right`."""
     rng, rows = random.Random(seed), []
     skill = random.Random(99)  # the same questions are easy for every model
     for _ in range(n):
         answer = 18 if skill.random() < right else 17
         text = XML.format(answer) if rng.random() < form else f"The answer is {answer}."
-        rows.append(score(text, "18") | {"truncated": False, "tokens": len(text)})
+        row = {"completion": text, "truncated": False, "tokens": len(text)}
+        rows.append(row | score(text, "18"))
     return rows
 
 
+def judge(before: tuple, control: tuple, after: tuple) -> dict:
+    """Return the verdict on three planted models, each (form, right)."""
+    rows = [planted(*model, seed) for seed, model in enumerate((before, control, after))]
+    return verdict(before=rows[0], control=rows[1], after=rows[2])
+
+
 def test_a_model_that_learned_the_format_only():
-    result = verdict(planted(500, 0.05, 0.6, 1), planted(500, 0.7, 0.6, 2), planted(500, 0.98, 0.6, 3))
-    assert result["verdict"] == "format"
-    assert (
-        result["gain"]["reasoning"][0] == 0 and result["gain"]["format"] == result["gain"]["strict_accuracy"][0] > 0.5
-    )
-    assert "does not exclude zero" in result["sentences"][1]
+    result = judge((0.05, 0.6), (0.7, 0.6), (0.98, 0.6))
+    strict, (value, low, high) = result["gain"]["strict_accuracy"], result["gain"]["reasoning"]
+    assert result["verdict"] == "format" and low < value == 0 < high
+    assert result["gain"]["format"] == strict[0] > 0.5
 
 
 def test_a_model_that_learned_to_reason_only():
-    result = verdict(planted(500, 0.9, 0.4, 1), planted(500, 0.9, 0.4, 2), planted(500, 0.9, 0.7, 1))
-    assert result["verdict"] == "reasoning" and "the interval excludes zero" in result["sentences"][1]
-    low, high = result["gain"]["reasoning"][1:]
+    same_form = planted(0.9, 0.7, seed=0)  # the same answers in XML as before
+    before, control = planted(0.9, 0.4, seed=0), planted(0.9, 0.4, seed=1)
+    result = verdict(before=before, control=control, after=same_form)
+    assert result["verdict"] == "reasoning"
+    _, low, high = result["gain"]["reasoning"]
     assert 0 < low < 0.3 < high
 
 
 def test_a_model_that_learned_the_soft_format_only():
-    after = [row | {"strict_format": False} for row in planted(500, 0.98, 0.6, 3)]  # a last newline is missing
-    result = verdict(planted(500, 0.0, 0.6, 1), planted(500, 0.0, 0.6, 2), after)
-    assert result["verdict"] == "format" and result["gain"]["strict_format"][0] == 0 < result["gain"]["soft_format"][1]
+    before, control = planted(0.0, 0.6, seed=1), planted(0.0, 0.6, seed=2)
+    after = [row | {"strict_format": False} for row in planted(0.98, 0.6, seed=3)]
+    result = verdict(before=before, control=control, after=after)
+    assert result["verdict"] == "format"
+    assert result["gain"]["strict_format"][0] == 0 < result["gain"]["soft_format"][1]
 
 
 def test_both_and_neither():
-    assert verdict(planted(500, 0.1, 0.4, 1), planted(500, 0.5, 0.4, 2), planted(500, 0.9, 0.7, 3))["verdict"] == "format and reasoning"  # fmt: skip # noqa: E501
-    assert verdict(planted(500, 0.5, 0.4, 1), planted(500, 0.5, 0.4, 1), planted(500, 0.5, 0.4, 1))["verdict"] == "neither"  # fmt: skip # noqa: E501
+    assert judge((0.1, 0.4), (0.5, 0.4), (0.9, 0.7))["verdict"] == "format and reasoning"
+    model = planted(0.5, 0.4, seed=1)
+    assert verdict(before=model, control=model, after=model)["verdict"] == "neither"
 
 
-def test_the_better_untrained_prompt_is_the_control():
-    result = verdict(planted(500, 0.1, 0.3, 1), planted(500, 0.9, 0.6, 2), planted(500, 0.9, 0.6, 3))
-    assert result["verdict"] == "format" and "one-shot" in result["sentences"][1]  # an example did as much untrained
+def test_reasoning_is_measured_from_the_better_untrained_prompt():
+    better_control = judge((0.1, 0.3), (0.9, 0.6), (0.9, 0.6))
+    better_before = judge((0.1, 0.6), (0.9, 0.3), (0.9, 0.6))
+    for result in (better_control, better_before):
+        assert result["verdict"] == "format" and result["gain"]["reasoning"][0] == 0
+        assert result["best_untrained"] == share(planted(0.0, 0.6, seed=1), "lenient_accuracy")
 
 
-def test_one_shot_training_starts_from_its_own_prompt():
-    zero, one, after = planted(500, 0.1, 0.6, 1), planted(500, 0.7, 0.6, 2), planted(500, 0.98, 0.6, 3)
-    result = verdict(zero, one, after, one_shot=True)
-    assert result["gain"]["strict_accuracy"][0] == gain("strict_accuracy", one, after)[0] < 0.3
-
-
-def test_what_was_lost_is_said():
-    result = verdict(planted(500, 0.1, 0.8, 1), planted(500, 0.9, 0.8, 2), planted(500, 0.99, 0.6, 3))
-    assert result["verdict"] == "format" and result["gain"]["reasoning"][2] < 0
-    assert "-20" in result["sentences"][1] and "the interval excludes zero" in result["sentences"][1]
+def test_what_was_lost_is_negative():
+    result = judge((0.1, 0.8), (0.9, 0.8), (0.99, 0.6))
+    value, low, high = result["gain"]["reasoning"]
+    assert result["verdict"] == "format" and low < value < high < 0
+    total = result["gain"]["format"] + value
+    assert result["gain"]["strict_accuracy"][0] == pytest.approx(total)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=400))
 def test_paired_interval(pairs):
-    before, after = ([{"x": p[i]} for p in pairs] for i in (0, 1))
+    before, after = ([{"x": pair[i]} for pair in pairs] for i in (0, 1))
     value, low, high = gain("x", before, after)
-    assert value == pytest.approx(sum(b - a for a, b in pairs) / len(pairs))
+    assert value == pytest.approx(share(after, "x") - share(before, "x"))
     assert -1 <= low <= high <= 1
-    backwards = gain("x", after, before)
-    assert backwards == pytest.approx([-value, -high, -low])
+    assert gain("x", after, before) == pytest.approx([-value, -high, -low])
 
 
 def test_paired_interval_covers():
-    """95% of such intervals hold the true difference (here 0.1), within 2 points, over 2,000 simulated evaluations."""
+    """95% of such intervals hold the true difference, here 0.1, in 2,000 evaluations."""
     rng, held = random.Random(0), 0
     for _ in range(2000):
         draws = [rng.random() for _ in range(200)]
-        before, after = [{"x": d < 0.4} for d in draws], [{"x": 0.05 < d < 0.55} for d in draws]
-        held += gain("x", before, after)[1] <= 0.1 <= gain("x", before, after)[2]
+        before = [{"x": draw < 0.4} for draw in draws]
+        after = [{"x": 0.05 < draw < 0.55} for draw in draws]
+        _, low, high = gain("x", before, after)
+        held += low <= 0.1 <= high
     print(f"coverage {held / 2000:.3f}")
     assert 0.93 <= held / 2000 <= 0.97
 
 
-@pytest.mark.parametrize(
-    ("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
+@pytest.mark.parametrize(  # published values
+    ("k", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)],
 )
-def test_wilson(k, n, low, high):
-    rows = [score(XML.format(18) if i < k else "no", "18") | {"truncated": False, "tokens": i} for i in range(n)]
-    found = figures(rows)["strict_accuracy"]
+def test_wilson_interval(k, n, low, high):
+    texts = [XML.format(18) if i < k else "no" for i in range(n)]
+    rows = [score(text, "18") | {"truncated": False, "tokens": 1} for text in texts]
+    found = summarize(rows)["strict_accuracy"]
     assert (found["value"], found["n"]) == (k / n, n)
-    assert found["interval"] == pytest.approx([low, high], abs=1e-4)  # the published values
-    tokens = figures(rows)["tokens"]
-    half = 1.96 * math.sqrt(sum((i - tokens["value"]) ** 2 for i in range(n)) / n) / math.sqrt(n)
-    assert tokens["interval"] == pytest.approx([tokens["value"] - half, tokens["value"] + half])
+    assert found["interval"] == pytest.approx([low, high], abs=1e-4)
 
 
-def test_evaluate_is_greedy_repeatable_and_kept(tmp_path):
-    flags = f"--config assets/tiny/config.yaml --output_dir {tmp_path} --report_to none --per_device_eval_batch_size 8"
-    args, model_args = grpo_demo.parse_args(flags.split())
+def test_interval_of_tokens():
+    lengths = [3, 5, 5, 8, 21]
+    rows = [score("", "") | {"truncated": False, "tokens": n} for n in lengths]
+    normal = statistics.NormalDist(statistics.fmean(lengths), statistics.pstdev(lengths) / 5**0.5)
+    interval = [normal.inv_cdf(0.025), normal.inv_cdf(0.975)]
+    assert summarize(rows)["tokens"]["interval"] == pytest.approx(interval, rel=1e-4)
+
+
+def build(out, *flags: str) -> tuple:
+    """Return evaluation, model and tokenizer of the laptop run on its first 12 questions."""
+    flags = ("--report_to", "none", "--eval_samples", "12", *flags)
+    args, model_args = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(out), *flags])
     model, tokenizer = grpo_demo.load_model(args, model_args)
-    rows = grpo_demo.get_gsm8k_questions("test", "assets/tiny").select(range(20))
-    first = grpo_demo.evaluate(model, tokenizer, rows, args, "before_zero_shot")
-    assert [r["question"] for r in first] == rows["question"][:] and [r["gold"] for r in first] == rows["answer"][:]
+    return grpo_demo.build_evaluation(args, model_args), model, tokenizer
+
+
+def test_evaluate_is_greedy_and_repeatable(tmp_path):
+    evaluation, model, tokenizer = build(tmp_path / "a", "--per_device_eval_batch_size", "8")
+    state = grpo_demo.torch.get_rng_state()
+    first = evaluation.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    assert grpo_demo.torch.equal(grpo_demo.torch.get_rng_state(), state)
+    assert [row["question"] for row in first] == evaluation.questions["question"][:]
+    assert [row["gold"] for row in first] == evaluation.questions["answer"][:]
     for row in first:
-        assert {k: row[k] for k in score("", "")} == score(row["completion"], row["gold"])
+        assert {name: row[name] for name in SCORES} == score(row["completion"], row["gold"])
         ids = tokenizer(row["completion"])["input_ids"]
-        assert row["truncated"] is False and row["tokens"] == len(ids) + 1  # and the end-of-turn token
-    args.per_device_eval_batch_size, kept = 3, tmp_path / "evaluation" / "before_zero_shot.parquet"
-    again = grpo_demo.evaluate(model, tokenizer, rows, args, "again")
-    assert [r["completion"] for r in again] == [r["completion"] for r in first]  # whatever the batch
+        assert row["truncated"] is False and row["tokens"] == len(ids) + 1  # and the end of turn
+    one_shot = evaluation.evaluate(model, tokenizer, "before_one_shot", one_shot=True)
+    assert share(one_shot, "strict_format") > share(first, "strict_format")
+    other, _, _ = build(tmp_path / "b", "--per_device_eval_batch_size", "5")
+    again = other.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    assert [row["completion"] for row in again] == [row["completion"] for row in first]
+
+
+def test_a_long_answer_is_cut(tmp_path):
+    evaluation, model, tokenizer = build(tmp_path, "--max_completion_length", "4")
+    rows = evaluation.evaluate(model, tokenizer, "cut", one_shot=False)
+    assert all(row["truncated"] and row["tokens"] == 4 for row in rows)
+
+
+def test_answers_are_kept_until_the_questions_change(tmp_path):
+    evaluation, model, tokenizer = build(tmp_path)
+    first = evaluation.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    (kept,) = (tmp_path / "evaluation").iterdir()
     written = kept.stat().st_mtime_ns
-    assert grpo_demo.evaluate(None, None, rows, args, "before_zero_shot") == first  # read, not made again
-    assert kept.stat().st_mtime_ns == written
-    args.max_completion_length = 4
-    assert all(r["truncated"] and r["tokens"] == 4 for r in grpo_demo.evaluate(model, tokenizer, rows, args, "cut"))
+    resumed, _, _ = build(tmp_path)
+    assert resumed.evaluate(None, None, "before_zero_shot", one_shot=False) == first
+    assert kept.stat().st_mtime_ns == written  # read, not made again
+    changed, _, _ = build(tmp_path, "--eval_samples", "5")
+    rows = changed.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    assert rows == changed.measured["before_zero_shot"] and len(rows) == 5
+    assert kept.stat().st_mtime_ns != written
+    read, _, _ = build(tmp_path, "--eval_samples", "5")
+    assert read.evaluate(None, None, "before_zero_shot", one_shot=False) == rows
 
 
-def test_readme_shows_the_records():
-    """README's tables are the ones that the records give."""
-    readme = (ROOT / "README.md").read_text()
-    for make in tables.TABLES:
-        assert f"<!-- {make.__name__} -->\n{make()}<!-- /{make.__name__} -->" in readme
-    assert json.loads((ROOT / "assets/runs/laptop-42/record.json").read_text())["versions"]["trl"] == "1.16.0"
+def report(out, **measured: list[dict]) -> dict:
+    """Return what an evaluation with these measurements keeps in evaluation.json."""
+    args, model_args = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(out)])
+    rows = grpo_demo.get_gsm8k_questions("test", "assets/tiny")
+    evaluation = Evaluation(args, model_args.model_name_or_path, rows, grpo_demo.make_prompt)
+    evaluation.measured = measured
+    result = evaluation.report()
+    assert json.loads((out / "evaluation.json").read_text()) == result
+    return result
 
 
-def test_readme_sentences_follow_from_the_records():
-    """Numbers of README's sentences that no table shows, recomputed from the laptop runs."""
-    evaluations, runs, _ = zip(*tables.runs(tables.LAPTOP), strict=True)
+@pytest.mark.parametrize("trained", ["zero_shot", "one_shot"])
+def test_report_and_its_sentences(tmp_path, trained):
+    zero, one, after = planted(0.1, 0.7, 1), planted(0.7, 0.6, 2), planted(0.98, 0.65, 3)
+    rows = {"before_zero_shot": zero, "before_one_shot": one, f"after_{trained}": after}
+    result = report(tmp_path, **rows)
+    before, control = (zero, one) if trained == "zero_shot" else (one, zero)
+    expected = verdict(before=before, control=control, after=after)
+    assert {key: result[key] for key in expected} == expected
+    gains, after_name = expected["gain"], f"after_{trained}"
 
-    def means(key: str, steps: slice, scale: float = 1.0) -> list[float]:
-        return [scale * sum(m[key] for m in run[steps]) / len(run[steps]) for run in runs]
+    def went(column: str) -> list[float]:
+        names = (f"before_{trained}", after_name)
+        shares = [result["measurements"][name][column]["value"] for name in names]
+        return [*shares, *gains[column]]
 
-    xml, last = "rewards/strict_format_reward_func/mean", slice(-10, None)
-    early, late = means(xml, slice(0, 5), 200), means(xml, last, 200)
-    wide = [m["reward_std"] for run in runs for m in run[last]]
-    before, one_shot, after = (
-        [e["measurements"][when]["tokens"]["value"] for e in evaluations] for when in tables.MEASURED
-    )
-    assert round(min(early)) == round(max(early)) and not any(m["clip_ratio/region_mean"] for r in runs for m in r)
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    for sentence in (
-        f"some {early[0]:.0f}% of the completions are strict XML in the first five steps and",
-        f"and {min(late):.0f} to {max(late):.0f}% in the last ten",
-        f"grows from {before[0]:.1f} tokens to {min(after):.1f} to {max(after):.1f}.",
-        f"answers in XML, one-shot, have {one_shot[0]:.1f}.",
-        f"({min(wide):.1f} to {max(wide):.1f} in the last ten steps of the laptop runs)",
-    ):
-        assert sentence in readme
-
-
-def test_readme_sentences_on_qwen_follow_from_its_record():
-    ((evaluation, metrics, record),) = tables.runs(tables.QWEN)
-    folder = ROOT / "assets/runs/qwen-half-b"
-    ends, samples, timers = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("endings", "samples", "timers")
-    )
-    before, _, after = (
-        {k: v["value"] for k, v in evaluation["measurements"][when].items()} for when in tables.MEASURED
-    )
-    control = json.loads((ROOT / "assets/runs/qwen-no-xmlcount/endings.json").read_text())
-    stray, gone = (
-        [[run[f"step {i}"].get(tail, 0) for tail in tables.STRAY] for i in range(1, n)]
-        for run, n in ((ends, 61), (control, 15))
-    )
-    (last,) = (ROOT / "assets/runs/qwen-no-xmlcount/metrics.jsonl").read_text().splitlines()[13:]
-    newline = sum(ends[f"step {step}"].get("\n", 0) for step in range(1, 61))
-    right = [round(8 * m["accuracy/lenient"]) for m in metrics]
-    soft = [m["rewards/soft_format_reward_func/mean"] * 2 for m in metrics]
-    shown = [
-        tables.interval(evaluation["measurements"][f"{w}_zero_shot"]["strict_accuracy"]) for w in ("before", "after")
+    measured_after = result["measurements"][after_name]["lenient_accuracy"]["value"]
+    shot = result["measurements"]["before_one_shot"]["strict_accuracy"]["value"]
+    wanted = [
+        [*went("strict_accuracy"), shot],
+        [share(zero, "lenient_accuracy"), measured_after, *gains["reasoning"]],
+        [gains["format"], *went("soft_format"), *went("strict_format")],
     ]
-    parts = time_split(metrics, timers)
-    step = sum(parts.values())
-    failure = next(s for s in samples if s["xmlcount_reward_func"] == -0.45)
-    assert record["resumed"] == 9 and min(soft[:7]) == 0 and max(soft[:7]) < soft[7] == 1
-    assert before["lenient_accuracy"] == after["lenient_accuracy"] == after["strict_accuracy"]
-    assert stray[:5] == gone[:5] == [[0, 0], [0, 0], [0, 0], [0, 1], [0, 0]] and sum(right[46:]) == 0
-    assert json.loads(last)["rewards/soft_format_reward_func/mean"] == 0.5 * 7 / 8
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    for sentence in (
-        f"strict accuracy {shown[0]} before and {shown[1]} after, lenient accuracy {shown[1]} both times",
-        f"A step took {step:.0f} s. The run was stopped nine times",
-        "all eight completions have the soft format for the first time",
-        f"from step 21 on {sum(soft[20:]) / 40:.0%} of them",
-        f"takes {parts['generate'] / step:.0%} of a step at this size, the five rewards "
-        f"{100 * parts['five rewards'] / step:.2g}%",
-        f"{(len(failure['completion']) - 1) / 1000} in the [early failure]",
-        f"1 of the first 40 completions, {stray[5][1]} of 8 at step 6.",
-        f"in {stray[7][0]} of 8 at step 8 it is a second one",
-        f"but {newline} of 480 completions ended so",
-        f"{sum(map(sum, gone[5:]))} of the 72 completions of steps 6 to 14 end in `</reasoning>`, with xmlcount "
-        f"{sum(map(sum, stray[5:14]))} of 72",
-        f"{sum(right[:46])} of the first 368 are right in any form and none of the last 112",
-        f"are shorter ({after['tokens']:.0f} tokens, before {before['tokens']:.0f})",
-    ):
-        assert sentence in readme
+    sentences = explain(result, result["measurements"])
+    assert sentences == result["sentences"]
+    for sentence, values in zip(sentences, wanted, strict=True):
+        found = [float(number) for number in re.findall(r"[-+]?\d+\.\d", sentence)]
+        assert found == pytest.approx([100 * value for value in values], abs=0.051)
+
+
+def test_without_training_there_is_no_verdict(tmp_path):
+    result = report(tmp_path, zero_shot=planted(0.1, 0.6, 1), one_shot=planted(0.7, 0.6, 2))
+    assert list(result) == ["settings", "measurements"]
+    assert {name: list(m) for name, m in result["measurements"].items()} == {
+        "zero_shot": COLUMNS,
+        "one_shot": COLUMNS,
+    }
+
+
+# --- README's tables, and records that must agree
+
+
+@pytest.mark.parametrize("make", tables.TABLES, ids=lambda make: make.__name__)
+def test_readme_shows_the_records(make):
+    readme = (ROOT / "README.md").read_text()
+    assert f"<!-- {make.__name__} -->\n{make()}<!-- /{make.__name__} -->" in readme
+
+
+RECORDS = [*tables.LAPTOP.values(), *tables.QWEN.values()]
+
+
+def load(name: str, file: str):
+    return json.loads((ROOT / "assets/runs" / name / f"{file}.json").read_text())
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_recorded_gains_are_those_of_the_recorded_measurements(name):
+    record = load(name, "evaluation")
+    before, control, after = (record["measurements"][when] for when in tables.MEASURED)
+    best = max(m["lenient_accuracy"]["value"] for m in (before, control))
+    for column in ("strict_accuracy", "strict_format"):
+        difference = after[column]["value"] - before[column]["value"]
+        assert record["gain"][column][0] == pytest.approx(difference)
+    difference = after["lenient_accuracy"]["value"] - best
+    assert record["gain"]["reasoning"][0] == pytest.approx(difference)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("file", ["samples", "group"])
+def test_recorded_rewards_are_those_of_the_recorded_completions(name, file):
+    for row in load(name, file):
+        completions = [[{"role": "assistant", "content": row["completion"]}]]
+        for function in REWARD_FUNCS:
+            (value,) = function(completions=completions, answer=[row["gold"]])
+            assert row[function.__name__] == pytest.approx(value, abs=1e-4)
+
+
+def test_the_laptop_run_is_recorded_twice():
+    """The runs at the top of README and the first row of its table of parts."""
+    rows = {row["seed"]: row["measured"] for row in tables.lines("parts")["nothing changed"]}
+    for seed, measured in rows.items():
+        measurements = load(f"laptop-{seed}", "evaluation")["measurements"]
+        for name, columns in measured.items():
+            for column, value in columns.items():
+                assert measurements[name][column]["value"] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", tables.QWEN.values())
+def test_endings_count_every_completion(name):
+    ends = load(name, "endings")
+    evaluation, (_, metrics, _) = load(name, "evaluation"), *tables.runs(tables.QWEN)
+    assert len([key for key in ends if key.startswith("step")]) == len(metrics)
+    for when, columns in evaluation["measurements"].items():
+        assert sum(ends[when].values()) == columns["tokens"]["n"]
+        untagged = 1 - ends[when].get("none", 0) / columns["tokens"]["n"]
+        assert columns["soft_format"]["value"] <= untagged  # soft format needs `</answer>`

@@ -1,4 +1,4 @@
-"""Kill it, cut it off, starve it: real processes, real signals, a real full disk, a server that fails."""
+"""Kill it, cut it off, starve it: real processes, signals, a full disk, a server that fails."""
 
 import http.server
 import json
@@ -7,172 +7,203 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, history, note, run
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import LAPTOP, ROOT, TWO, Job, command, history, note, run
 from safetensors.torch import load_file
 
-import rewards
 from assets.record import collect
-from rewards import REWARD_FUNCS
 
 SMALL = (
-    "--config assets/tiny/config.yaml --per_device_train_batch_size 16 --num_generations 4 --max_completion_length 48"
+    *(*LAPTOP, "--per_device_train_batch_size", 16, "--num_generations", 4),
+    *("--max_completion_length", 48, "--eval_samples", 16, "--log_completions", "False"),
 )
-SMALL = (*SMALL.split(), "--evaluate", "False", "--log_completions", "False")
+STEPS = 20
+FLAGS = (*SMALL, "--max_steps", STEPS, "--save_steps", 1)
+BRIEF = (*SMALL, "--evaluate", "False", "--save_strategy", "no")
 KILLS = int(os.environ.get("KILLS", 10))
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model.safetensors")
-
-
-def same(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
-def start(*flags: object, launcher=(sys.executable,), env=None) -> subprocess.Popen:
-    command = [*launcher, "grpo_demo.py", *map(str, flags)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {})
-    )
+def same(a: Path, b: Path, name: str = "model.safetensors") -> bool:
+    """Return whether two runs ended in the same weights, bit for bit, and the same evaluation."""
+    left, right = load_file(a / name), load_file(b / name)
+    weights = left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    figures = [json.loads((out / "evaluation.json").read_text())["measurements"] for out in (a, b)]
+    return weights and figures[0] == figures[1]
 
 
 def steps_in_wandb(out: Path) -> list[int]:
-    """The steps whose metrics are in the W&B files of all lives of a run, in order; all files carry one run id."""
+    """Return the steps logged in the W&B files of all lives of a run, which share one run id."""
     files = sorted(out.glob("wandb/*run-*/*.wandb"))
     assert len({f.name for f in files}) == 1
     rows = [row for file in files for row in history(file)]
     return [row["train/global_step"] for row in rows if "train/reward" in row]
 
 
+def wait_for(out: Path, pattern: str, job: Job) -> None:
+    while not list(out.glob(pattern)):
+        assert job.alive(), job.wait().stderr[-2000:]
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The uninterrupted run that all others must equal."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = run(*SMALL, "--max_steps", 40, "--save_steps", 2, "--output_dir", out)
+    done = run(*FLAGS, "--output_dir", out)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
 
-def is_being_written(out: Path) -> bool:
-    return any(not Path(f, "trainer_state.json").exists() for f in out.glob("checkpoint-*"))
+def newest(out: Path) -> tuple[float, bool]:
+    """Return when the newest checkpoint was begun, and whether one is being written."""
+    try:
+        folders = list(out.glob("checkpoint-*"))
+        begun = max((f.stat().st_mtime for f in folders), default=0)
+        return begun, any(not Path(f, "trainer_state.json").exists() for f in folders)
+    except FileNotFoundError:  # an old one was just deleted
+        return 0, False
 
 
 def test_killed_many_times_it_ends_the_same(whole, tmp_path):
     out, chance, kills, while_writing = tmp_path / "run", random.Random(0), 0, 0
-    flags = (*SMALL, "--max_steps", 40, "--save_steps", 2, "--output_dir", out)
     for _ in range(60):
-        process = start(*flags)
-        begun, patience, wait_for_write = time.time(), chance.uniform(1.0, 4.0), kills % 3 == 0
-        while process.poll() is None and kills < KILLS:
-            newest = max((f.stat().st_mtime for f in out.glob("checkpoint-*")), default=0)
-            writing, grown = is_being_written(out), newest > begun
-            if (wait_for_write and grown and writing) or (
-                not wait_for_write and grown and time.time() - newest > patience / 10
-            ):
-                process.send_signal(signal.SIGKILL)
+        job, begun = Job(*FLAGS, "--output_dir", out), time.time()
+        patience, wait_for_write = chance.uniform(0.0, 0.25), kills % 3 == 0
+        while job.alive() and kills < KILLS:
+            last, writing = newest(out)
+            if last > begun and (writing if wait_for_write else time.time() - last > patience):
+                os.kill(job.pid, signal.SIGKILL)
                 kills, while_writing = kills + 1, while_writing + writing
                 break
             time.sleep(0.001)
-        if process.wait(timeout=300) == 0:
+        if (done := job.wait()).returncode == 0:
             break
     print(f"killed {kills} times, {while_writing} of them while a checkpoint was being written")
-    assert kills >= 10 and while_writing >= 1 and process.returncode == 0
+    assert kills >= KILLS and while_writing >= 1 and done.returncode == 0
     assert same(whole, out)
-    assert steps_in_wandb(out) == list(range(1, 41))
-    note(f"SIGKILL, {while_writing} of them while a checkpoint was being written", kills, kills, 0)
+    assert steps_in_wandb(out) == list(range(1, STEPS + 1))
+    note(f"SIGKILL, {while_writing} of them while a checkpoint was written", kills, kills, 0)
+
+
+@pytest.mark.parametrize("stage", ["before_zero_shot", "before_one_shot", "after_zero_shot"])
+def test_killed_in_an_evaluation_it_ends_the_same(whole, tmp_path, stage):
+    out, slow = tmp_path / "run", ("--per_device_eval_batch_size", 1)
+    if stage == "after_zero_shot":  # begin at the last checkpoint
+        shutil.copytree(whole, out, symlinks=True, ignore=shutil.ignore_patterns("after*", "*.st"))
+        unfinish(out)
+    job = Job(*FLAGS, *slow, "--output_dir", out)
+    order = ["before_zero_shot", "before_one_shot", "after_zero_shot"]
+    while f"evaluate {stage}" not in Path(job.logs[1]).read_text():
+        assert job.alive(), job.wait().stderr[-2000:]
+        time.sleep(0.005)
+    os.kill(job.pid, signal.SIGKILL)
+    assert job.wait().returncode == -signal.SIGKILL
+    kept = {f.stem for f in out.glob("evaluation/*.parquet")}
+    assert kept == set(order[: order.index(stage)])
+    done = run(*FLAGS, "--output_dir", out)
+    assert done.returncode == 0 and same(whole, out), done.stderr[-2000:]
+    note(f"SIGKILL in the evaluation {stage}", 1, 1, 0)
+
+
+def unfinish(out: Path) -> None:
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"finished": False}))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_first(whole, tmp_path, number, status):
     out = tmp_path / "run"
-    flags = (*SMALL, "--max_steps", 40, "--save_steps", 10, "--output_dir", out)
-    process = start(*flags)
-    while not list(out.glob("wandb/*run-*/*.wandb")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(1.5)
-    process.send_signal(number)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == status, printed[-2000:]
-    (line,) = [line for line in printed.splitlines() if line.startswith("stopped at step")]
+    flags = (*FLAGS, "--save_steps", 10, "--output_dir", out)
+    job = Job(*flags)
+    wait_for(out, "wandb/*run-*/*.wandb", job)
+    time.sleep(1)
+    os.kill(job.pid, number)
+    done = job.wait()
+    assert done.returncode == status, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("stopped at step")]
     step = int(line.split()[3].rstrip(":;"))
-    assert (out / f"checkpoint-{step}" / "trainer_state.json").exists() and 1 <= step < 40
+    assert (out / f"checkpoint-{step}" / "trainer_state.json").exists() and 1 <= step < STEPS
     done = run(*flags)
-    assert done.returncode == 0 and f"going on from {out}/checkpoint-{step}" in done.stdout, done.stderr[-2000:]
-    assert same(whole, out) and steps_in_wandb(out) == list(range(1, 41))
+    assert done.returncode == 0 and f"resuming from {out}/checkpoint-{step}" in done.stdout
+    assert same(whole, out) and steps_in_wandb(out) == list(range(1, STEPS + 1))
     (sync,) = [line for line in done.stdout.splitlines() if line.startswith("upload the run:")]
     assert len(sync.split("wandb sync ")[1].split()) == 2
     metrics, _, started = collect(out)  # the record of such a run has one clock
     clock = [m["runtime"] for m in metrics]
-    assert started["resumed"] == 1 and len(clock) == 40 and clock == sorted(clock)
+    assert started["resumed"] == 1 and len(clock) == STEPS and clock == sorted(clock)
     note(signal.Signals(number).name, 1, 1, 0)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
     out = tmp_path / "run"
-    process = start(*SMALL, "--max_steps", 40, "--save_steps", 10, "--output_dir", out)
-    while not list(out.glob("wandb/*run-*/*.wandb")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(1.5)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode in (130, 143), printed[-2000:]  # both are here at once: either may be the second
-    assert "stopped; the same command goes on from the last checkpoint" in printed
-    assert "stopped at step" not in printed
+    job = Job(*FLAGS, "--evaluate", "False", "--output_dir", out)
+    wait_for(out, "wandb/*run-*/*.wandb", job)
+    time.sleep(1)
+    os.kill(job.pid, signal.SIGTERM)
+    os.kill(job.pid, signal.SIGINT)
+    done = job.wait()
+    assert done.returncode in (130, 143), done.stderr[-2000:]  # either may be the second
+    assert "stopped at step" not in done.stdout and "stopped;" in done.stderr
+
+
+def test_lora_resumes_bit_for_bit(tmp_path):
+    flags = (*SMALL, "--use_peft", "--learning_rate", "1e-3", "--max_steps", 6, "--save_steps", 2)
+    assert run(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+    job = Job(*flags, "--output_dir", tmp_path / "run")
+    wait_for(tmp_path / "run", "checkpoint-2/trainer_state.json", job)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    done = run(*flags, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
+    assert same(tmp_path / "whole", tmp_path / "run", "adapter_model.safetensors")
+    note("SIGKILL of a LoRA run", 1, 1, 0)
 
 
 def test_what_an_output_directory_may_hold(whole, tmp_path):
-    flags = (*SMALL, "--max_steps", 40, "--save_steps", 2)
     files = {f: f.stat().st_mtime_ns for f in whole.rglob("*")}
-    done = run(*flags, "--output_dir", whole)
+    done = run(*FLAGS, "--output_dir", whole)
     assert done.returncode == 0 and "is finished, nothing to do" in done.stdout
-    done = run(*flags, "--output_dir", whole, "--beta", "0.1", "--seed", "3")
-    assert done.returncode == 2 and "beta 0.04 -> 0.1" in done.stderr and "seed 42 -> 3" in done.stderr
+    done = run(*FLAGS, "--output_dir", whole, "--beta", "0.1", "--seed", "3")
+    assert done.returncode == 2 and "beta 0.04 -> 0.1" in done.stderr and "42 -> 3" in done.stderr
     assert files == {f: f.stat().st_mtime_ns for f in whole.rglob("*")}  # not touched
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("dear diary")
-    done = run(*flags, "--output_dir", mine)
-    assert done.returncode == 2 and "holds something else" in done.stderr
-    done = run(*flags[:-4], "--max_steps", 1, "--save_strategy", "no", "--output_dir", mine, "--overwrite_output")
+    done = run(*FLAGS, "--output_dir", mine)
+    assert done.returncode == 2 and "holds other files" in done.stderr
+    done = run(*BRIEF, "--max_steps", 1, "--output_dir", mine, "--overwrite_output")
     (aside,) = tmp_path.glob("mine.*")
-    assert done.returncode == 0 and (aside / "notes.txt").read_text() == "dear diary", done.stderr[-2000:]
+    assert done.returncode == 0 and (aside / "notes.txt").read_text() == "dear diary"
 
 
-def test_a_half_written_checkpoint_is_passed_over(whole, tmp_path):
+def test_an_incomplete_checkpoint_is_passed_over(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out, symlinks=True)
     (out / "model.safetensors").unlink()
-    (out / "run.json").write_text((out / "run.json").read_text().replace('"finished": true', '"finished": false'))
-    state = out / "checkpoint-40" / "trainer_state.json"
+    unfinish(out)
+    state = out / f"checkpoint-{STEPS}" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
-    done = run(*SMALL, "--max_steps", 40, "--save_steps", 2, "--output_dir", out)
-    assert done.returncode == 0 and f"{out}/checkpoint-40 is half written" in done.stderr, done.stderr[-2000:]
-    assert f"going on from {out}/checkpoint-38" in done.stdout and same(whole, out)
+    done = run(*FLAGS, "--output_dir", out)
+    assert done.returncode == 0 and f"checkpoint-{STEPS} is incomplete" in done.stderr
+    assert f"resuming from {out}/checkpoint-{STEPS - 1}" in done.stdout and same(whole, out)
     note("a half-written checkpoint", 1, 1, 0)
 
 
 def test_two_checkpoints_are_kept(whole):
-    assert sorted(f.name for f in whole.glob("checkpoint-*")) == ["checkpoint-38", "checkpoint-40"]
+    names = {f.name for f in whole.glob("checkpoint-*")}
+    assert names == {f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"}
 
 
 def mounted(folder: Path, size: str, *options: str) -> bool:
     folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", str(folder)]
-    return shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
+    options = ",".join([*options, f"size={size}"])
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0
 
 
 def test_a_full_disk(whole, tmp_path):
@@ -180,14 +211,13 @@ def test_a_full_disk(whole, tmp_path):
     if not mounted(disk, "22m"):
         pytest.skip("needs the right to mount a small file system (root)")
     try:
-        flags = (*SMALL, "--max_steps", 40, "--save_steps", 2, "--output_dir", disk / "run")
-        done = run(*flags)
+        done = run(*FLAGS, "--output_dir", disk / "run")
         assert done.returncode == 1, done.stdout[-500:] + done.stderr[-2000:]
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-        assert "disk full: a checkpoint takes about 8 MB" in line
+        assert "disk full" in line and "MB are free" in line
         assert mounted(disk, "80m", "remount")
-        done = run(*flags)
-        assert done.returncode == 0 and "going on from" in done.stdout and same(whole, disk / "run")
+        done = run(*FLAGS, "--output_dir", disk / "run")
+        assert done.returncode == 0 and "resuming from" in done.stdout and same(whole, disk / "run")
         note("a full disk while saving", 1, 1, 0)
     finally:
         subprocess.run(["umount", str(disk)], capture_output=True)
@@ -209,7 +239,14 @@ class Server(http.server.BaseHTTPRequestHandler):
             return
         user = {"id": "u", "username": "u", "entity": "u", "flags": "{}", "teams": {"edges": []}}
         project = {"name": "grpo-demo", "entity": {"name": "u"}}
-        bucket = {"id": "b", "name": "r", "displayName": "r", "config": "{}", "sweepName": "", "project": project}
+        bucket = {
+            "id": "b",
+            "name": "r",
+            "displayName": "r",
+            "config": "{}",
+            "sweepName": "",
+            "project": project,
+        }
         data = {"viewer": user, "serverInfo": {"features": []}, "model": {"bucket": None}}
         data |= {"upsertBucket": {"bucket": bucket | {"historyLineCount": 0}, "inserted": True}}
         self.server.begun = self.server.begun or b"upsertBucket" in body
@@ -226,30 +263,29 @@ class Server(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("mode", ["refuse", "hang", "drop"])
-def test_a_wandb_server_that_fails(tmp_path, mode):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.mode, server.seen, server.begun, server.daemon_threads = mode, 0, False, True
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    if mode == "refuse":
-        server.server_close()
-    else:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "0123456789" * 4}
-    out = tmp_path / "run"
-    done = run(*SMALL, "--max_steps", 4, "--save_strategy", "no", "--output_dir", out, env=env)
-    if mode != "refuse":
-        server.shutdown()
-        assert server.seen > 0
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
-    assert "upload the run:     wandb sync" in done.stdout
-    assert steps_in_wandb(out) == [1, 2, 3, 4]
-    note(
-        {"refuse": "a W&B server that refuses", "hang": "that never answers", "drop": "that drops the run"}[mode],
-        1,
-        1,
-        0,
-    )
+SERVERS = {
+    "refuse": "a W&B server that refuses",
+    "hang": "that never answers",
+    "drop": "that drops the run",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def servers(tmp_path_factory):
+    """Start a run with each server; they mostly wait, while the other tests of this file run."""
+    started = {}
+    for mode in SERVERS:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+        server.mode, server.seen, server.begun, server.daemon_threads = mode, 0, False, True
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        if mode == "refuse":
+            server.server_close()
+        else:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_API_KEY": "0123456789" * 4}
+        out = tmp_path_factory.mktemp(mode) / "run"
+        started[mode] = Job(*BRIEF, "--max_steps", 4, "--output_dir", out, env=env), out, server
+    return started
 
 
 def test_no_secret_is_written(tmp_path):
@@ -257,18 +293,17 @@ def test_no_secret_is_written(tmp_path):
     out = tmp_path / "run"
     done = run(*SMALL, "--max_steps", 2, "--save_steps", 1, "--output_dir", out, env=secrets)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [f for f in out.rglob("*") if f.is_file() and any(s.encode() in f.read_bytes() for s in secrets.values())]
+    texts = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    found = [f for f, text in texts.items() if any(s.encode() in text for s in secrets.values())]
     note("bytes of two planted secrets searched for in all files", "all", "", f"{len(found)} found")
     assert found == [] and not any(s in done.stdout + done.stderr for s in secrets.values())
 
 
 def test_silent_failures_speak(tmp_path):
     flags = (
-        *SMALL,
+        *BRIEF,
         "--max_completion_length",
         6,
-        "--save_strategy",
-        "no",
         "--max_steps",
         52,
         "--output_dir",
@@ -276,117 +311,52 @@ def test_silent_failures_speak(tmp_path):
     )
     done = run(*flags, "--reward_weights", 0, 0, 0, 0, 0)
     assert done.returncode == 0, done.stderr[-2000:]
-    for text in ("any reward variance for 20 steps", "most completions are cut off", "format rewards are still 0"):
+    for text in ("reward variance", "most completions are cut off", "format rewards are still 0"):
         assert done.stderr.count(text) == 1, text
 
 
-@pytest.mark.parametrize("rate", ["1e30", "1e38"])  # weights that overflow, and weights that are not finite at once
+@pytest.mark.parametrize("rate", ["1e30", "1e38"])  # weights that overflow; not finite at once
 def test_what_is_not_finite_stops_the_run_unsaved(tmp_path, rate):
     out = tmp_path / "run"
-    wild = ("--learning_rate", rate, "--max_grad_norm", 0, "--warmup_steps", 4, "--save_steps", 1, "--max_steps", 9)
-    done = run(*SMALL, *wild, "--output_dir", out)
-    assert done.returncode == 1 and done.stderr.count("is not finite: stopping") == 1, done.stderr[-2000:]
-    assert "start anew: lower --learning_rate, --overwrite_output" in done.stdout
+    wild = ("--learning_rate", rate, "--max_grad_norm", 0, "--warmup_steps", 4, "--max_steps", 9)
+    done = run(*SMALL, "--evaluate", "False", *wild, "--save_steps", 1, "--output_dir", out)
+    assert done.returncode == 1 and done.stderr.count("is not finite: stopping") == 1
+    assert "lower --learning_rate and --overwrite_output" in done.stdout
     assert not (out / "model.safetensors").exists()
-    assert [f.name for f in out.glob("checkpoint-*")] == ["checkpoint-1"]  # the first step has learning rate 0
+    assert [f.name for f in out.glob("checkpoint-*")] == ["checkpoint-1"]  # learning rate 0
     kept = load_file(out / "checkpoint-1" / "model.safetensors")
     assert all(value.isfinite().all() for value in kept.values())
 
 
-TWO = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-
-
 def test_a_process_that_dies_takes_the_run_down_and_it_resumes(tmp_path):
     out = tmp_path / "run"
-    flags = (*SMALL, "--per_device_train_batch_size", 8, "--max_steps", 12, "--save_steps", 2, "--output_dir", out)
-    process = start(*flags, launcher=TWO)
-    while not (out / "checkpoint-4" / "trainer_state.json").exists():
+    flags = [*SMALL, "--evaluate", "False", "--per_device_train_batch_size", 8, "--max_steps", 6]
+    flags += ["--save_steps", 2, "--output_dir", out]
+    line, pipe = [*TWO, "grpo_demo.py", *map(str, flags)], subprocess.PIPE
+    process = subprocess.Popen(line, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT)
+    while not (out / "checkpoint-2" / "trainer_state.json").exists():
         assert process.poll() is None
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ranks = {p: Path(f"/proc/{p}/environ").read_bytes() for p in children}
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    ranks = {p: Path(f"/proc/{p}/environ").read_bytes() for p in children.stdout.split()}
     (victim,) = [p for p, environ in ranks.items() if b"\0RANK=1\0" in b"\0" + environ]
     os.kill(int(victim), signal.SIGKILL)
     killed = time.time()
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.time() - killed < 60
-    done = run(*flags, launcher=TWO)
-    assert done.returncode == 0 and done.stdout.count("going on from") == 1, done.stderr[-2000:]
-    assert (out / "model.safetensors").exists() and steps_in_wandb(out) == list(range(1, 13))
+    done = command(*flags, launcher=TWO)
+    assert done.returncode == 0 and done.stdout.count("resuming from") == 1, done.stderr[-2000:]
+    assert (out / "model.safetensors").exists() and steps_in_wandb(out) == list(range(1, 7))
     note("one of two processes killed", 1, 1, 0)
 
 
-# --- hostile model output
-
-TAGS = [
-    "<reasoning>",
-    "</reasoning>",
-    "<answer>",
-    "</answer>",
-    "\n",
-    " ",
-    "=",
-    "+",
-    "1",
-    "1,",
-    ".",
-    "/",
-    "$",
-    "-",
-    "x",
-    "\ud800",
-]
-HOSTILE = st.one_of(
-    st.text(), st.lists(st.sampled_from(TAGS), max_size=60).map("".join), st.binary().map(lambda b: b.decode("latin1"))
-)
-
-
-def everything(text: str, gold: str = "18") -> None:
-    completions = [[{"role": "assistant", "content": text}]]
-    for function in REWARD_FUNCS:
-        kept = {}
-        (value,) = function(
-            completions=completions, answer=[gold], log_metric=kept.__setitem__, log_extra=lambda *_: None
-        )
-        assert isinstance(value, float) and abs(value) < 1e6
-        assert all(abs(v) < 1e9 for v in kept.values())
-    assert len(rewards.score(text, gold)) == 4
-
-
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(HOSTILE)
-def never_raises(text):
-    everything(text)
-
-
-def test_rewards_never_raise():
-    never_raises()  # ends at the first exception
-    rng = random.Random(0)
-    for _ in range(45_000):  # hypothesis looks for corners, at a hundred times the cost
-        everything("".join(rng.choices(TAGS, k=rng.randrange(60))))
-        everything("".join(map(chr, rng.choices(range(0x3000), k=rng.randrange(40)))))
-    note("hostile completions given to all rewards and measures", "100,000", "100,000", "0 exceptions")
-
-
-@pytest.mark.parametrize("size", [1_000, 10_000, 100_000])
-def test_hostile_texts_take_linear_time(size):
-    units = [
-        *TAGS,
-        "1+",
-        "1+1=",
-        "1,000,",
-        "<reasoning>\n</reasoning>\n<answer>\n",
-        "</reasoning> <answer>",
-        "9 x ",
-        "1 a + ",
-        "\n</answer>\n",
-    ]
-    slowest = 0.0
-    for unit in units:
-        for prefix in ("", "<reasoning>", "<reasoning>\n", "<reasoning>\na\n</reasoning>\n<answer>\n"):
-            text = (prefix + unit * (size // len(unit) + 1))[:size]
-            begin = time.perf_counter()
-            everything(text)
-            slowest = max(slowest, time.perf_counter() - begin)
-    print(f"{size:,} characters: {slowest:.3f} s for all rewards and measures of the slowest text")
-    assert slowest < 1.0
+@pytest.mark.parametrize("mode", SERVERS)
+def test_a_wandb_server_that_fails(servers, mode):
+    job, out, server = servers[mode]
+    done = job.wait()
+    server.shutdown() if mode != "refuse" else None
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert mode == "refuse" or server.seen > 0
+    assert "upload the run:     wandb sync" in done.stdout
+    assert steps_in_wandb(out) == [1, 2, 3, 4]
+    note(SERVERS[mode], 1, 1, 0)

@@ -1,43 +1,95 @@
-"""The project itself: lint, pins, README's commands."""
+"""The project itself: lint, pins, README's commands, which module needs which."""
 
+import ast
 import importlib.metadata
+import json
 import re
+import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+REMOVED = {"reasoning/steps", "reasoning/valid_steps"}  # metrics in old records only
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("assets/**/*.py")]
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
 def test_ruff_is_clean():
-    for command in (["check"], ["format", "--check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    for arguments in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *arguments, "."]
+        done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 
 def test_requirements_are_pinned_to_what_is_installed():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert len(lines) == 7
-    for line in lines:
-        name, version = line.split("==")
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and line[0] != "#")
+    assert "trl" in pins
+    for name, version in pins.items():
         assert importlib.metadata.version(name).split("+")[0] == version
 
 
 def test_the_top_level_has_its_agreed_shape():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    top = {path.split("/")[0] for path in tracked if not path.startswith(".")}
-    assert top <= {"grpo_demo.py", "rewards.py", "requirements.txt", "assets", "README.md", "tests", "LICENSE"}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    top = {path.split("/")[0] for path in listed.stdout.splitlines() if not path.startswith(".")}
+    files = {"grpo_demo.py", "rewards.py", "requirements.txt", "README.md", "LICENSE"}
+    assert top <= files | {"assets", "tests"}
 
 
 def test_ci_runs_readmes_test_command():
     (command,) = re.findall(r"<!-- tests -->\n```bash\n(.*)\n```", README)
-    assert command.endswith("python -m pytest -q tests") and "README.md" in (ROOT / ".ci/run").read_text()
+    assert command.endswith("python -m pytest -q tests")
+    assert "README.md" in (ROOT / ".ci/run").read_text()
 
 
 def test_every_logged_metric_is_in_the_glossary():
     lines = (ROOT / "assets/runs/laptop-42/metrics.jsonl").read_text().splitlines()
-    names = {name for line in lines for name in re.findall(r'"([a-z_]+(?:/[a-z_]+)*)": ', line)}
+    logged = {name for line in lines for name in json.loads(line)} - {"runtime"} - REMOVED
+    shown = {re.sub(r"rewards/\w+_reward_func/", "rewards/<name>/", name) for name in logged}
     glossary = README[README.index("## In W&B") : README.index("## Reliability")]
-    shown = {re.sub(r"rewards/\w+_reward_func/", "rewards/<name>/", name) for name in names - {"runtime"}}
-    assert len(shown) == 30 and [name for name in shown if f"`train/{name}`" not in glossary] == []
+    assert "accuracy/strict" in shown
+    assert [name for name in shown if f"`train/{name}`" not in glossary] == []
+
+
+def test_rewards_runs_alone(tmp_path):
+    shutil.copy(ROOT / "rewards.py", tmp_path)
+    alone = [sys.executable, "-I", "-S", "rewards.py"]  # no project, no installed package
+    done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "4.000" in done.stdout, done.stderr
+
+
+def own_imports(tree: ast.Module) -> set[str]:
+    """Return the modules of the project that a module imports, anywhere in its text."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & FILES.keys()
+
+
+def test_no_module_imports_one_that_imports_it_back():
+    graph = {name: own_imports(tree) for name, tree in TREES.items()}
+    assert {"rewards", "assets.keep", "assets.evaluate"} <= graph["grpo_demo"]
+    assert graph["assets.keep"] == graph["rewards"] == set()
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_functions_and_lines_are_short():
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [
+        (name, node.name)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds) and node.end_lineno - node.lineno >= 40
+    ]
+    assert long == []
+    assert max(map(len, Path(ROOT, "grpo_demo.py").read_text().splitlines())) <= 100

@@ -1,28 +1,53 @@
-"""Every rule of the five rewards, its quirks, and agreement with a second implementation that uses no regexes."""
+"""The rules of the five rewards and of strict and lenient accuracy, and hostile texts.
 
+The rewards agree with the gist's functions and with an implementation that uses no regexes.
+"""
+
+import contextlib
+import io
+import random
 import re
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import ROOT, gsm8k, needs_gsm8k
-from hypothesis import given, settings
+from conftest import ROOT, gsm8k, needs_gsm8k, note
+from gist_rewards import REWARD_FUNCS as GIST
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rewards
-from assets.measures import as_number, equations, is_lenient_correct
-from rewards import REWARD_FUNCS, count_xml, extract_hash_answer, extract_xml_answer, is_strict_correct
+from rewards import (
+    REWARD_FUNCS,
+    as_number,
+    count_xml,
+    extract_hash_answer,
+    extract_xml_answer,
+    is_lenient_correct,
+    is_strict_correct,
+    last_number,
+    score,
+)
 
 PERFECT = "<reasoning>\nbecause\n</reasoning>\n<answer>\n18\n</answer>\n"
 
 
+def batch(texts: list[str], golds: list[str]) -> dict[str, list]:
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    return {
+        "prompts": [[{"content": ""}]] * len(texts),
+        "completions": completions,
+        "answer": golds,
+    }
+
+
 def reward(name: str, text: str, answer: str = "18") -> float:
-    completions = [[{"role": "assistant", "content": text}]]
-    return getattr(rewards, f"{name}_reward_func")(prompts=[[]], completions=completions, answer=[answer])[0]
+    return getattr(rewards, f"{name}_reward_func")(**batch([text], [answer]))[0]
 
 
-def all_five(text: str, answer: str = "18") -> list[float]:
-    return [reward(f.__name__.removesuffix("_reward_func"), text, answer) for f in REWARD_FUNCS]
+def all_five(text: str, answer: str = "18", functions: list = REWARD_FUNCS) -> list[float]:
+    return [function(**batch([text], [answer]))[0] for function in functions]
 
 
 def test_names_order_and_alias():
@@ -45,10 +70,12 @@ def test_perfect_earns_four():
         ("x\n<answer>\n", 0.125 - 0.001 * 11),  # no closing tag: the whole text is charged
         ("x\n<answer>\n5\n</answer>\n", 0.25),
         ("x\n<answer>\n5\n</answer>\nabc", 0.25 - 0.003 - 0.003),  # charged twice
-        ("x\n<answer>\n5\n</answer>", 0.125 - 0.001 * 22 + 0.125 + 0.001),  # no final newline: all 22, and one too few
+        # no final newline: all 22 characters are charged, and one is given back
+        ("x\n<answer>\n5\n</answer>", 0.125 - 0.001 * 22 + 0.125 + 0.001),
         (PERFECT[:-1], 0.5 - 0.001 * len(PERFECT[:-1]) + 0.001),
         (PERFECT + PERFECT, 0.0),  # everything twice
-        (PERFECT.replace("because", "x" * 2000)[:-1], 0.5 - 2.047 + 0.001),  # a correct answer far below zero
+        # a correct answer far below zero
+        (PERFECT.replace("because", "x" * 2000)[:-1], 0.5 - 2.047 + 0.001),
     ],
 )
 def test_xmlcount(text, value):
@@ -76,7 +103,10 @@ def test_xmlcount(text, value):
     ],
 )
 def test_formats(text, soft, strict):
-    assert (reward("soft_format", text), reward("strict_format", text)) == (0.5 * soft, 0.5 * strict)
+    assert (reward("soft_format", text), reward("strict_format", text)) == (
+        0.5 * soft,
+        0.5 * strict,
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,14 +134,20 @@ def test_extract_and_int(text, answer, is_int):
 
 @pytest.mark.parametrize(
     ("text", "gold"),
-    [("a\n#### 18", "18"), ("#### $1,234", "1234"), ("#### -5 ", "-5"), ("none", None), ("#### 1 #### 2", "1")],
+    [
+        ("a\n#### 18", "18"),
+        ("#### $1,234", "1234"),
+        ("#### -5 ", "-5"),
+        ("none", None),
+        ("#### 1 #### 2", "1"),
+    ],
 )
 def test_gold(text, gold):
     assert extract_hash_answer(text) == gold
 
 
 def no_regex(text: str, gold: str) -> list[float]:
-    """The five rewards a second time: positions and slices only."""
+    """Return the five rewards from positions and slices only."""
 
     def after(tag: str) -> int:
         end = 0  # of the last occurrence, counted from the left without overlaps
@@ -137,9 +173,8 @@ def no_regex(text: str, gold: str) -> list[float]:
         ends = [e for e in ("\n</answer>\n", "\n</answer>\n\n") if text.endswith(e)]
         middle = "\n</reasoning>\n<answer>\n"
         at = text.find(middle, 12)
-        return (
-            text.startswith("<reasoning>\n") and at >= 0 and any(len(text) - len(e) >= at + len(middle) for e in ends)
-        )
+        fits = any(len(text) - len(e) >= at + len(middle) for e in ends)
+        return text.startswith("<reasoning>\n") and at >= 0 and fits
 
     tail = text[text.rfind("<answer>") + 8 :] if "<answer>" in text else text
     answer = tail[: tail.find("</answer>")].strip() if "</answer>" in tail else tail.strip()
@@ -147,40 +182,21 @@ def no_regex(text: str, gold: str) -> list[float]:
     return [xml, 0.5 * soft(), 0.5 * strict(), 0.5 * digits, 2.0 * (answer == gold)]
 
 
-PIECES = [
-    "<reasoning>",
-    "</reasoning>",
-    "<answer>",
-    "</answer>",
-    "\n",
-    " ",
-    "18",
-    "-3",
-    "x",
-    "²",
-    "\ud800",
-    "\u2028",
-    "\x1c",
-]
+PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "18", "-3", "x"]
+PIECES += ["²", "\ud800", "\u2028", "\x1c"]
 TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=24).map("".join)
-NEAR = st.lists(st.sampled_from([*PERFECT.replace("\n", " \n ").split(" "), "\n", "18"]), max_size=14).map("".join)
+PARTS = [*PERFECT.replace("\n", " \n ").split(" "), "\n", "18"]
+NEAR = st.lists(st.sampled_from(PARTS), max_size=14).map("".join)
+CUT = st.integers(0, 60).map(lambda i: PERFECT[:i] + PERFECT[i + 1 :])
 
 
 @settings(max_examples=3000, deadline=None)
-@given(
-    st.one_of(TEXTS, NEAR, st.integers(0, 60).map(lambda i: PERFECT[:i] + PERFECT[i + 1 :])),
-    st.sampled_from(["18", "x", ""]),
-)
-def test_agrees_with_a_second_implementation(text, gold):
-    assert all_five(text, gold) == pytest.approx(no_regex(text, gold), abs=1e-9)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(TEXTS)
-def test_formats_are_the_gists_patterns(text):
-    soft = re.match(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", text, re.DOTALL)
-    strict = re.match(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", text, re.DOTALL)
-    assert [reward("soft_format", text), reward("strict_format", text)] == [0.5 * bool(soft), 0.5 * bool(strict)]
+@given(st.one_of(TEXTS, NEAR, CUT), st.sampled_from(["18", "x", ""]))
+def test_agrees_with_the_gist_and_with_a_second_implementation(text, gold):
+    found = all_five(text, gold)
+    with contextlib.redirect_stdout(io.StringIO()):  # the gist prints a sample
+        assert found == all_five(text, gold, GIST)
+    assert found == pytest.approx(no_regex(text, gold), abs=1e-9)
 
 
 @needs_gsm8k
@@ -188,10 +204,9 @@ def test_all_gold_answers_parse():
     golds = [extract_hash_answer(row["answer"]) for row in gsm8k("train")]
     assert len(golds) == 7473 and all(as_number(g) is not None for g in golds)
     assert sum(g.startswith("-") for g in golds) == 3
-    assert [sum(not g.isdigit() for g in golds)] == [sum(reward("int", g) == 0 for g in golds)]
 
 
-# --- what is measured beside the rewards
+# --- strict and lenient accuracy
 
 
 @pytest.mark.parametrize(
@@ -231,77 +246,95 @@ def test_strict_needs_the_tags():
     assert not is_strict_correct("<answer>18.00</answer>", "18")
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("3 + 4 = 7", [True]),
-        ("3 + 4 = 8", [False]),
-        ("3 pens * 4 + 1 = $13", [True]),
-        ("2 + 3 * 4 = 14", [True]),
-        ("10 - 3 = 7 and 7 / 2 = 3.5", [True, True]),
-        ("10 / 3 = 3.33", [True]),  # rounded to its decimals
-        ("10 / 3 = 3", [False]),
-        ("5 x 6 = 30, 5 × 6 = 31", [True, False]),
-        ("$1,000 + $2,500 = $3,500", [True]),
-        ("3 + 4 = 7 - 2 = 5", [True, True]),  # a result may begin the next one
-        ("1 / 0 = 0", [False]),
-        ("x = 5, 7 = 7", []),
-        ("the 3 boxes + 4 boxes = 7 boxes", [True]),
-    ],
-)
-def test_equations(text, found):
-    assert equations(text) == found
+@settings(max_examples=3000, deadline=None)
+@given(st.lists(st.sampled_from([*"0123456789.,/$-−+ a)\n", "1,000", "3/4", "²"])).map("".join))
+def test_last_number_is_the_last_match(text):
+    assert last_number(text) == ["", *rewards.NUMBER.findall(text)][-1]
 
 
 @needs_gsm8k
-def test_lenient_and_equations_on_every_gold_solution():
-    rows = gsm8k("train") + gsm8k("test")
-    assert len(rows) == 8792
-    right = steps = valid = 0
+def test_lenient_on_every_gold_solution():
+    rows, right = gsm8k("train") + gsm8k("test"), 0
     for row in rows:
         solution = re.sub(r"<<.*?>>", "", row["answer"].split("####")[0]).strip()
         right += is_lenient_correct(solution, extract_hash_answer(row["answer"]))
-        steps += len(found := equations(solution))
-        valid += sum(found)
-    print(f"lenient {right}/8792 = {right / 8792:.4f}; {steps} equations, {valid / steps:.4f} of them true")
-    # the other 2.8% end in another number than their answer: "... 4 packs of 10 cupcakes", "700 pages in 7 days"
-    assert f"finds the gold answer in {right / 8792:.1%}" in (ROOT / "README.md").read_text()
-    assert right / 8792 > 0.97 and steps / 8792 > 3 and valid / steps > 0.98
+    # the others end in another number: "... 4 packs of 10 cupcakes", "700 pages in 7 days"
+    print(f"lenient {right}/{len(rows)} = {right / len(rows):.4f}")
+    assert len(rows) == 8792 and right / len(rows) > 0.97
 
 
-@settings(max_examples=3000, deadline=None)
-@given(st.text(), st.text())
-def test_measures_never_raise(text, gold):
-    assert is_lenient_correct(text, gold) in (True, False)
-    assert all(e in (True, False) for e in equations(text))
-    assert set(rewards.score(text, gold)) == {"strict_format", "soft_format", "strict_accuracy", "lenient_accuracy"}
+def test_the_command_prints_what_each_example_earns():
+    command = [sys.executable, "rewards.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    _, *lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(rewards.EXAMPLES)
+    for cells, comment, (name, text, _) in zip(
+        lines[::2], lines[1::2], rewards.EXAMPLES, strict=True
+    ):
+        values = all_five(text)
+        assert cells.startswith(f"{name:>17}") and repr(text) in comment
+        assert cells[17:].split() == [f"{value:.3f}" for value in [*values, sum(values)]]
 
 
-def test_log_metric_and_log_extra():
-    metrics, extra = {}, {}
-    texts = [PERFECT, "9 * 2 = 18, so 18", "9 * 2 = 17", "no"]
-    got = rewards.simple_correctness_reward_func(
-        prompts=[[]] * 4,
-        completions=[[{"role": "assistant", "content": t}] for t in texts],
-        answer=["18"] * 4,
-        log_metric=metrics.__setitem__,
-        log_extra=extra.__setitem__,
-        trainer_state=None,
-    )
-    assert got == [2.0, 0.0, 0.0, 0.0]
-    assert metrics == {
-        "accuracy/strict": 0.25,
-        "accuracy/lenient": 0.5,
-        "reasoning/steps": 0.5,
-        "reasoning/valid_steps": 0.5,
-    }
-    assert extra == {"gold": ["18"] * 4, "extracted": ["18", *texts[1:]]}
+# --- hostile texts
+
+TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "=", "+", "1", "1,"]
+TAGS += [".", "/", "$", "-", "x", "\ud800"]
+UNITS = [*TAGS, "1+", "1+1=", "1,000,", "<reasoning>\n</reasoning>\n<answer>\n"]
+UNITS += ["</reasoning> <answer>", "9 x ", "1 a + ", "\n</answer>\n", "</reasoning>\n<answer>\n"]
+STARTS = ["", "<reasoning>", "<reasoning>\n", "<reasoning>\na\n</reasoning>\n<answer>\n"]
+TAGGED = st.lists(st.sampled_from(TAGS), max_size=60).map("".join)
+BYTES = st.binary().map(lambda b: b.decode("latin1"))
+HOSTILE = st.one_of(st.text(), TAGGED, BYTES)
 
 
-def test_no_torch_and_a_table_that_teaches():
-    code = "import sys, rewards; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    lines = subprocess.run([sys.executable, "rewards.py"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    assert len(lines) == 8
-    for line, (name, text, _) in zip(lines[1:], rewards.EXAMPLES, strict=True):
-        assert name in line and all(f"{value:.3f}" in line for value in [*all_five(text), sum(all_five(text))])
+def everything(texts: list[str], golds: list[str]) -> None:
+    """Give texts to all rewards and scores; what they return must be of the right kind."""
+    for function in REWARD_FUNCS:
+        values = function(**batch(texts, golds))
+        assert len(values) == len(texts)
+        assert all(isinstance(value, float) and abs(value) < 1e6 for value in values)
+    for text, gold in zip(texts, golds, strict=True):
+        assert all(value in (True, False) for value in score(text, gold).values())
+        extract_hash_answer(text)
+
+
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(HOSTILE, HOSTILE)
+def never_raises(text, gold):
+    everything([text], [gold])
+
+
+def test_hostile_texts_never_raise():
+    never_raises()
+    rng, some = random.Random(0), 500
+    for _ in range(97):  # hypothesis looks for corners, at a hundred times the cost
+        texts = ["".join(rng.choices(TAGS, k=rng.randrange(60))) for _ in range(some)]
+        everything(texts, ["18"] * some)
+        codes = (rng.choices(range(0x3000), k=rng.randrange(40)) for _ in range(some))
+        everything(["".join(map(chr, code)) for code in codes], texts)
+    tried = f"{3000 + 97 * 2 * some:,}"
+    note("hostile completions given to all rewards and measures", tried, tried, "0 exceptions")
+
+
+def seconds(*texts: str, rounds: int = 1) -> list[float]:
+    """Return the processor time of each text in its fastest round; they take turns."""
+    times = [[] for _ in texts]
+    for _ in range(rounds):
+        for text, kept in zip(texts, times, strict=True):
+            begun = time.process_time()
+            everything([text], ["18"])
+            kept.append(time.process_time() - begun)
+    return [min(kept) for kept in times]
+
+
+def test_hostile_texts_take_linear_time():
+    """Twice the text takes twice the time; with a quadratic rule it would be four times."""
+    size = 20_000
+    repeated = [(start, unit * (2 * size // len(unit))) for start in STARTS for unit in UNITS]
+    slowest = sorted(repeated, key=lambda parts: seconds("".join(parts)))[-5:]
+    for start, units in slowest:
+        half, whole = start + units[: len(units) // 2], start + units
+        times = seconds(half, whole, rounds=7)
+        print(f"{whole[:40]!r}: {times[1]:.4f} s, {times[1] / times[0]:.2f} x half of it")
+        assert times[1] / times[0] < 3

@@ -1,45 +1,63 @@
-"""GRPO on one page: one optimizer step written from the formula, without TRL, against the script's own trainer.
+"""GRPO on one page: five steps from the formula, without TRL, against the script's own trainer.
 
-DeepSeekMath (arXiv 2402.03300, eq. 3 and 4), one update per batch of completions, as in the gist. For each prompt q a
-group of G completions o_1..o_G with rewards r_1..r_G:
+DeepSeekMath (arXiv 2402.03300, eq. 3 and 4), one update per batch of completions, as in the gist.
+For each prompt q a group of G completions o_1..o_G with rewards r_1..r_G:
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-4)                                       the group is its own baseline
-    kl_it = pi_ref / pi - log(pi_ref / pi) - 1       at token t of o_i            never negative, unbiased ("k3")
-    loss = - mean over i of  mean over t of  [ pi / pi_old * A_i - beta * kl_it ]       pi_old = pi, not differentiated
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4)          the group is its own baseline
+    kl_it = pi_ref / pi - log(pi_ref / pi) - 1       at token t of o_i: never negative ("k3")
+    loss = - mean over i of mean over t of [pi / pi_old * A_i - beta * kl_it]
 
-then the gradient is clipped to a norm of 0.1 and AdamW takes a step at the scheduled learning rate.
+with pi_old = pi, not differentiated. Then the gradient is clipped to a norm of 0.1 and AdamW takes
+a step at the scheduled learning rate. All of it in float64, so that only a real difference is seen.
 """
 
+import functools
 import math
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import LAPTOP, ROOT, TWO
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOTrainer
 
 import grpo_demo
 
-STEPS, GROUP, BETA, TINY = 5, 4, 0.04, "assets/tiny"
-PEAK = float(os.environ.get("PEAK", 1e-5))  # the learning rate; at larger ones fp32 leaves less than five digits
-ANSWERS = [  # completions are fixed: in each group some are right, some wrong, some readable, some not
-    "<reasoning>\n{a}\n</reasoning>\n<answer>\n{a}\n</answer>\n",
-    "The answer is {a}.",
-    "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>\n",
-    "<reasoning>no</reasoning> <answer>{a}</answer>",
+torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
+STEPS, GROUP, BETA, PEAK, TINY = 5, 4, 0.04, 2e-4, "assets/tiny"
+ANSWERS = [  # completions are fixed; the gold answer is 20; n is the prompt's own number
+    "<reasoning>\n{n}\n</reasoning>\n<answer>\n20\n</answer>\n",
+    "{n} and {n}. The answer is 20.",
+    "<reasoning>\n1 + 1 = {n}\n</reasoning>\n<answer>\n2\n</answer>\n",
+    "<reasoning>no {n}</reasoning> <answer>20</answer>",
 ]
 
 
-def log_probs(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """log pi(o_t | q, o_<t) for each token of one completion: (tokens,)."""
+@contextmanager
+def float64():
+    """Make float32 mean float64: TRL fixes it for rewards and log-probs, transformers for norms."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("float32", "float"):
+            patch.setattr(torch, name, torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def log_probs(model, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
+    """Return log pi(o_t | q, o_<t) for each token of one completion: (tokens,)."""
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[torch.arange(len(completion)), completion]
+    return logits.log_softmax(-1)[torch.arange(len(completion)), list(completion)]
 
 
-def grpo_loss(policy, reference, prompts, completions, rewards: torch.Tensor) -> torch.Tensor:
-    """The loss of one step; prompts and completions are token lists, one per completion, groups in a row."""
-    groups = rewards.view(-1, GROUP)
-    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+def grpo_loss(policy, reference, prompts, completions, rewards) -> torch.Tensor:
+    """Return the loss of one step: tokens and reward of each completion, groups in a row."""
+    groups = torch.tensor(rewards).view(-1, GROUP)
+    mean, std = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
+    advantages = ((groups - mean) / (std + 1e-4)).flatten()
     losses = []
     for prompt, completion, advantage in zip(prompts, completions, advantages, strict=True):
         log_pi = log_probs(policy, prompt, completion)
@@ -52,7 +70,7 @@ def grpo_loss(policy, reference, prompts, completions, rewards: torch.Tensor) ->
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up over a tenth of the steps (rounded up), then a half cosine to 0; step counts from 0."""
+    """Return the rate of a step from 0: up over a tenth of the steps, then half a cosine to 0."""
     warmup = math.ceil(0.1 * STEPS)
     if step < warmup:
         return PEAK * step / warmup
@@ -60,7 +78,7 @@ def learning_rate(step: int) -> float:
 
 
 def adamw(params: dict, grads: dict, state: dict, step: int, lr: float) -> None:
-    """Loshchilov and Hutter 2019, betas 0.9 and 0.99, weight decay 0.1 on all but biases and norms; step from 1."""
+    """Take step 1, 2, ... of AdamW (Loshchilov and Hutter 2019); norms and biases do not decay."""
     for name, p in params.items():
         m, v = state.setdefault(name, (torch.zeros_like(p), torch.zeros_like(p)))
         m.mul_(0.9).add_(0.1 * grads[name])
@@ -70,46 +88,51 @@ def adamw(params: dict, grads: dict, state: dict, step: int, lr: float) -> None:
         p.sub_(lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.99**step)).sqrt() + 1e-8))
 
 
-def from_scratch(batches: list, rewards: list[torch.Tensor]) -> list[dict]:
-    """STEPS optimizer steps on recorded (prompts, completions): loss, clipped gradient and weights of each."""
-    policy, reference = (AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32) for _ in range(2))
+@float64()
+@functools.cache  # all runs below have the same batches
+def from_scratch(batches: tuple) -> list[dict]:
+    """Return loss, clipped gradient and weights of each step on (prompts, completions, rewards)."""
+    load = AutoModelForCausalLM.from_pretrained
+    policy, reference = (load(TINY, dtype=torch.float64) for _ in range(2))
     params, state, record = dict(policy.named_parameters()), {}, []
-    for step, ((prompts, completions), reward) in enumerate(zip(batches, rewards, strict=True)):
+    for step, batch in enumerate(batches):
         policy.zero_grad()
-        loss = grpo_loss(policy, reference, prompts, completions, reward)
+        loss = grpo_loss(policy, reference, *batch)
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in params.values()]).norm()
         grads = {n: p.grad * min(1.0, 0.1 / (norm.item() + 1e-6)) for n, p in params.items()}
         with torch.no_grad():
             adamw(params, grads, state, step + 1, learning_rate(step))
-        record.append(
-            {"loss": loss.item(), "grads": grads, "weights": {n: p.detach().clone() for n, p in params.items()}}
-        )
+        weights = {n: p.detach().clone() for n, p in params.items()}
+        record.append({"loss": loss.item(), "grads": grads, "weights": weights})
     return record
 
 
 # --- and the same steps by the script's trainer
 
 
-class FixedTrainer(GRPOTrainer):
-    """The real trainer with fixed completions in the place of sampled ones, keeping what it was given and made."""
+class FixedTrainer(grpo_demo.GRPOTrainer):
+    """The script's trainer with fixed completions for sampled ones; keeps them and the rewards."""
+
+    batches = ()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        assert all(prompt_ids[i] == prompt_ids[i - i % GROUP] for i in range(len(prompt_ids)))
-        tokenizer = self.processing_class
-        texts = [ANSWERS[(i + self.state.global_step) % 4].format(a=i // GROUP + 20) for i in range(len(prompt_ids))]
-        completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
-        self.batches = [*getattr(self, "batches", []), (prompt_ids, completions)]
+        tokenizer, completions = self.processing_class, []
+        first = self.accelerator.process_index * len(prompt_ids)
+        for i, prompt in enumerate(prompt_ids, first + self.state.global_step):
+            text = ANSWERS[i % GROUP].format(n=sum(prompt) % 1000)
+            completions.append([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        self.batch = tuple(map(tuple, prompt_ids)), tuple(map(tuple, completions))
         return completions, None
 
     def _calculate_rewards(self, *args):
         rewards = super()._calculate_rewards(*args)
-        self.rewards = [*getattr(self, "rewards", []), rewards.sum(1)]
+        self.batches += ((*self.batch, tuple(rewards.sum(1).tolist())),)
         return rewards
 
 
 class Keep(TrainerCallback):
-    """Clipped gradients before, weights after, and loss of each optimizer step."""
+    """Keeps clipped gradients, weights after the step, loss and KL of each optimizer step."""
 
     def __init__(self):
         self.record = []
@@ -122,30 +145,36 @@ class Keep(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            self.record[-1]["loss"] = logs["loss"]
+            self.record[-1] |= {"loss": logs["loss"], "kl": logs["kl"] if args.beta else 0.0}
 
 
-def errors(monkeypatch, tmp_path, *flags: str) -> dict[str, float]:
-    """Worst error of the trainer against the formula over all steps: loss (absolute), gradient, weights (relative)."""
-    monkeypatch.setattr(grpo_demo, "GRPOTrainer", FixedTrainer)
-    ours = f"--config assets/tiny/config.yaml --output_dir {tmp_path} --report_to none --save_strategy no"
-    ours += f" --max_steps {STEPS} --num_generations {GROUP} --per_device_train_batch_size 8 --learning_rate {PEAK}"
-    args, model_args = grpo_demo.parse_args([*ours.split(), "--log_completions=False", "--disable_tqdm=True", *flags])
-    rows = grpo_demo.get_gsm8k_questions("train", TINY)
-    rows = rows.map(lambda row, i: {"answer": str(20 + i % 2)}, with_indices=True)
-    trainer = grpo_demo.build_trainer(args, model_args, rows)
+@float64()
+def train(out: object, *flags: object) -> tuple[tuple, list[dict]]:
+    """Take the steps with the script's trainer; return their batches and their record."""
+    ours = f"--max_steps {STEPS} --num_generations {GROUP} --per_device_train_batch_size 8"
+    ours += f" --output_dir {out} --report_to none --save_strategy no --log_completions False"
+    args, model_args = grpo_demo.parse_args([*LAPTOP, *ours.split(), *map(str, flags)])
+    rows = grpo_demo.get_gsm8k_questions("train", TINY).map(lambda row: {"answer": "20"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_demo, "GRPOTrainer", FixedTrainer)
+        trainer = grpo_demo.build_trainer(args, model_args, rows)
     keep = Keep()
     trainer.add_callback(keep)
     trainer.train()
-    ours = from_scratch(trainer.batches, trainer.rewards)
-    assert len(keep.record) == len(ours) == STEPS and all(r.std() > 0.1 for r in trainer.rewards)
+    return trainer.batches, keep.record
 
-    def distance(key: str) -> float:  # of all tensors as one vector, relative; the worst step
-        flat = [[torch.cat([step[key][n].flatten() for n in ours[0][key]]) for step in r] for r in (keep.record, ours)]
-        return max(((x - y).norm() / y.norm()).item() for x, y in zip(*flat, strict=True))
 
-    worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(keep.record, ours, strict=True))
-    return {"loss": worst, "grads": distance("grads"), "weights": distance("weights")}
+def errors(theirs: list[dict], ours: list[dict]) -> dict[str, float]:
+    """Return the worst step's error: of the loss absolute; of gradient and weights relative."""
+    found = {"loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(theirs, ours, strict=True))}
+    for key in ("grads", "weights"):
+        found[key] = 0.0
+        for a, b in zip(theirs, ours, strict=True):
+            x, y = (torch.cat([r[key][n].flatten() for n in sorted(r[key])]) for r in (a, b))
+            assert x.dtype == y.dtype == torch.float64
+            found[key] = max(found[key], ((x - y).norm() / y.norm()).item())
+    print(found)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -158,19 +187,36 @@ def errors(monkeypatch, tmp_path, *flags: str) -> dict[str, float]:
     ],
     ids=["8x1", "2x4", "1x8", "checkpointing"],
 )
-def test_the_trainer_is_the_formula(monkeypatch, tmp_path, flags):
-    found = errors(monkeypatch, tmp_path, *flags)
-    print(found)
-    assert max(found.values()) < 1e-5
+def test_the_trainer_is_the_formula(tmp_path, flags):
+    batches, record = train(tmp_path, *flags)
+    assert len(record) == STEPS and record[-1]["kl"] > 0.01
+    assert all(torch.tensor(rewards).std() > 0.1 for *_, rewards in batches)
+    assert max(errors(record, from_scratch(batches)).values()) < 1e-10
 
 
 @pytest.mark.parametrize(
     "flags",
-    [["--loss_type", "dapo"], ["--beta", "0.0"], ["--use_bias_correction_kl", "True"], ["--scale_rewards", "none"],
-     ["--temperature", "0.9"], ["--warmup_steps", "0"]],
+    [["--loss_type", "dapo"], ["--beta", "0.0"], ["--use_bias_correction_kl", "True"],
+     ["--scale_rewards", "none"], ["--temperature", "0.9"], ["--warmup_steps", "0"]],
     ids=lambda flags: flags[0][2:],
 )  # fmt: skip
-def test_a_wrong_setting_is_seen(monkeypatch, tmp_path, flags):
-    found = errors(monkeypatch, tmp_path, *flags)
-    print(found)
-    assert max(found.values()) > 1e-4
+def test_a_wrong_setting_is_seen(tmp_path, flags):
+    batches, record = train(tmp_path, *flags)
+    assert max(errors(record, from_scratch(batches)).values()) > 1e-4
+
+
+def test_two_processes_take_the_same_steps(tmp_path):
+    """The middle one of the three groups is split: half of it is in each process."""
+    size, script = "--per_device_train_batch_size", "tests/test_step.py"
+    launch = [*TWO, "--main_process_port", "0", script, tmp_path, size, "6"]
+    done = subprocess.run(map(str, launch), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    batches, record = train(tmp_path, size, "12")
+    assert all(len(set(prompts)) == 3 for prompts, *_ in batches)
+    assert max(errors(torch.load(tmp_path / "record.pt"), record).values()) < 1e-10
+
+
+if __name__ == "__main__":  # one of the two processes
+    _, record = train(*sys.argv[1:])
+    if os.environ["RANK"] == "0":
+        torch.save(record, f"{sys.argv[1]}/record.pt")

@@ -1,20 +1,20 @@
-"""Make the embedded default from nothing: a 0.7M-parameter Qwen2 chat model and GSM8K-like word problems.
+"""Make the embedded default from nothing: a 0.7M-parameter Qwen2 chat model and its word problems.
 
-    python assets/tiny/make.py                   # 18 minutes on 2 CPU cores; writes beside this file
-    python assets/tiny/make.py --out /tmp/tiny   # somewhere else
-    python assets/tiny/make.py --steps 20        # a smoke run: the files are right, the model is not
+    python assets/tiny/make.py                  # 18 minutes on 2 CPU cores; writes beside this file
+    python assets/tiny/make.py --out /tmp/tiny  # somewhere else
+    python assets/tiny/make.py --steps 20       # a smoke run: right files, an untrained model
 
-The model is pre-trained (supervised) so that it starts where the notes start: it can do the arithmetic, it knows the
-XML format and writes it whenever a system prompt of its own asks for it, but under the gist's system prompt it mostly
-answers in prose and its occasional XML is often imperfect. Reasoning is written with the same words in prose and in
-XML, so neither form is better practised in arithmetic than the other.
+Pre-training is supervised. The model can do the arithmetic. It knows the XML format and writes it
+whenever a system prompt of its own asks for it. Under the gist's system prompt it mostly answers in
+prose, and its occasional XML is often imperfect. Reasoning has the same words in prose and in XML,
+so neither form is better practised in arithmetic than the other.
 
-1. `problem` writes a question with its solution in GSM8K's schema; `split_of` hashes the question, so no question is
-   ever in two of pre-training, validation, train and test.
+1. `problem` writes a question with its solution in GSM8K's schema. `split_of` hashes the question,
+   so no question is in two of pre-training, validation, train and test.
 2. `sample` turns a problem into one pre-training conversation; `MIX` says how often which kind.
-3. `train_tokenizer`, `pretrain`: byte-level BPE, then Muon on the layer matrices and AdamW on the rest.
-4. `choose_hard_share`: on the validation split, the share of hard problems at which the model would be right about
-   `TARGET` of the time. Then `train.jsonl` and `test.jsonl` are written with that share.
+3. `train_tokenizer`, `pretrain`: byte-level BPE, then Muon on layer matrices, AdamW on the rest.
+4. `choose_hard_share`: on the validation split, the share of hard problems at which the model would
+   be right about `TARGET` of the time. `train.jsonl` and `test.jsonl` are written with that share.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow a busy 2-core machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,28 +35,36 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from assets.measures import is_lenient_correct  # noqa: E402
-from grpo_demo import ONE_SHOT_QUESTION, ONE_SHOT_REASONING, SYSTEM_PROMPT, XML_COT_FORMAT  # noqa: E402
-from rewards import STRICT_FORMAT  # noqa: E402
+from grpo_demo import (  # noqa: E402
+    ONE_SHOT_QUESTION,
+    ONE_SHOT_REASONING,
+    SYSTEM_PROMPT,
+    XML_COT_FORMAT,
+)
+from rewards import STRICT_FORMAT, is_lenient_correct  # noqa: E402
 
 SEED = 0
-STEPS = 1600  # about 0.5 s each on 2 cores
+STEPS = 1600  # 0.5 s each on 2 cores
 BATCH = 48  # conversations a step
-TARGET = 0.75  # wanted accuracy before GRPO: room to get better, and enough right answers to be rewarded
-TRAIN_ROWS = 480  # 60 steps of 8 prompts: one epoch, like the gist's one epoch of 7,473 rows
+TARGET = 0.75  # wanted accuracy before GRPO: room to get better, enough right answers to reward
+TRAIN_ROWS = 480  # 60 steps of 8 prompts: one epoch, as in the gist
 TEST_ROWS = 512
 HARD_SHARE = 0.6  # share of hard problems in pre-training
-ASK_XML = "Show your steps in reasoning tags and the result in answer tags."  # always gets XML: the format is practised
-MIX = {"equations": 0.12, "prose": 0.14, "ask_xml": 0.27, "gist": 0.39, "one_shot": 0.08}  # shares of pre-training
+ASK_XML = "Show your steps in reasoning tags and the result in answer tags."  # always gets XML
+# shares of pre-training
+MIX = {"equations": 0.12, "prose": 0.14, "ask_xml": 0.27, "gist": 0.39, "one_shot": 0.08}
 GIST_XML = 0.17  # under the gist's system prompt: how often XML at all
 GIST_STRICT = 0.2  # how much of that is perfect; the rest has one of the slips below
 ONE_SHOT_STRICT = 0.8  # after an example answer: how often the copy is perfect
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -65,46 +73,68 @@ NAMES = (
     "Mia Ned Ola Pia Quin Rae Sam Tess Uma Vic Wes Xena Yara Zoe Amir Bea Cal Dora"
 )
 THINGS = (
-    "apples books cards coins cups eggs flags hats keys kites lamps maps mugs nuts pears pens rings shells stamps toys"
+    "apples books cards coins cups eggs flags hats keys kites "
+    "lamps maps mugs nuts pears pens rings shells stamps toys"
 )
-# (question, steps). Letters are operands (see `draw`), r1 and r2 earlier results, {n} {p} names, {t} things.
+# (question, steps). Letters are operands (see `draw`), r1 and r2 earlier results,
+# {n} and {p} names, {t} things.
 TEMPLATES = [
     ("{n} has {a} {t} and buys {b} more. How many {t} does {n} have now?", ["a + b"]),
     ("{n} had {a} {t} and gave {b} of them to {p}. How many {t} are left?", ["a - b"]),
     ("{n} has {s} boxes with {m} {t} in each box. How many {t} does {n} have?", ["s * m"]),
     ("{n} shares {d} {t} equally among {s} friends. How many {t} does each friend get?", ["d / s"]),
-    ("{n} has {a} {t} and {p} has {b} more than {n}. How many {t} do they have together?", ["a + b", "a + r1"]),
-    ("{n} has {m} {t} and {p} has {s} times as many. How many {t} do they have together?", ["s * m", "m + r1"]),
-    ("{n} buys {s} packs of {m} {t} and gives {a} {t} to {p}. How many {t} are left?", ["s * m", "r1 - a"]),
-    ("{n} finds {m} {t} a day for {s} days and then {a} more. How many {t} is that?", ["s * m", "r1 + a"]),
-    ("{n} had {a} {t}, got {b} from {p} and lost {c}. How many {t} does {n} have now?", ["a + b", "r1 - c"]),
     (
-        "{n} has {d} {t} and puts them in {s} equal rows. {p} adds {a} to one row. How many {t} are in that row?",
+        "{n} has {a} {t} and {p} has {b} more than {n}. How many {t} do they have together?",
+        ["a + b", "a + r1"],
+    ),
+    (
+        "{n} has {m} {t} and {p} has {s} times as many. How many {t} do they have together?",
+        ["s * m", "m + r1"],
+    ),
+    (
+        "{n} buys {s} packs of {m} {t} and gives {a} {t} to {p}. How many {t} are left?",
+        ["s * m", "r1 - a"],
+    ),
+    (
+        "{n} finds {m} {t} a day for {s} days and then {a} more. How many {t} is that?",
+        ["s * m", "r1 + a"],
+    ),
+    (
+        "{n} had {a} {t}, got {b} from {p} and lost {c}. How many {t} does {n} have now?",
+        ["a + b", "r1 - c"],
+    ),
+    (
+        "{n} has {d} {t} and puts them in {s} equal rows. {p} "
+        "adds {a} to one row. How many {t} are in that row?",
         ["d / s", "r1 + a"],
     ),
     (
-        "{n} has {a} {t}, {p} has {b} fewer. They share them equally with 2 bags. How many {t} go in each bag?",
+        "{n} has {a} {t}, {p} has {b} fewer. They "
+        "share them equally with 2 bags. How many {t} go in each bag?",
         ["a - b", "a + r1", "r2 / 2"],
     ),
     (
-        "{n} sells {s} trays of {m} {t} on Monday and {a} on Sunday, but {b} come back. How many {t} are sold?",
+        "{n} sells {s} trays of {m} {t} on Monday and "
+        "{a} on Sunday, but {b} come back. How many {t} are sold?",
         ["s * m", "r1 + a", "r2 - b"],
     ),
 ]
 SLIPS = [  # each takes the reasoning and the answer, and gets one thing wrong
     lambda r, a: XML_COT_FORMAT.format(reasoning=r, answer=a)[:-1],  # no final newline
     lambda r, a: f"<reasoning>{r}</reasoning> <answer>{a}</answer>",  # all on one line
-    lambda r, a: f"<reasoning>\n{r}\n</reasoning>\n<answer>{a}</answer>\n",  # answer not on a line of its own
+    # answer not on a line of its own
+    lambda r, a: f"<reasoning>\n{r}\n</reasoning>\n<answer>{a}</answer>\n",
     lambda r, a: f"<reasoning>\n{r}\n</reasoning>\n<answer>\n{a}\n",  # answer never closed
     lambda r, a: f"<reasoning>\n{r}\n<answer>\n{a}\n</answer>\n",  # reasoning never closed
-    lambda r, a: XML_COT_FORMAT.format(reasoning=r, answer=a) + "I hope this helps.",  # text after the end
-    lambda r, a: "Let us see.\n" + XML_COT_FORMAT.format(reasoning=r, answer=a),  # text before the beginning
+    # text after the end, text before the beginning
+    lambda r, a: XML_COT_FORMAT.format(reasoning=r, answer=a) + "I hope this helps.",
+    lambda r, a: "Let us see.\n" + XML_COT_FORMAT.format(reasoning=r, answer=a),
     lambda r, a: f"{r}\n<answer>\n{a}\n</answer>\n",  # no reasoning tags
 ]
 
 
 def draw(rng: random.Random, hard: bool) -> dict[str, int]:
-    """Operands of one problem: a, b, c to add and subtract, s * m to multiply, d = s * q to divide by s."""
+    """Draw operands: a, b, c to add and subtract, s * m to multiply, d = s * q to divide by s."""
     top, small, big = (600, (3, 9), (11, 99)) if hard else (20, (2, 5), (2, 9))
     v = {k: rng.randint(11 if hard else 2, top) for k in "abc"}
     v |= {"s": rng.randint(*small), "m": rng.randint(*big)}
@@ -136,7 +166,9 @@ def split_of(question: str) -> str:
     return {0: "test", 1: "validation", 2: "train", 3: "train"}.get(bucket, "pretrain")
 
 
-def problem_in(split: str, rng: random.Random, hard: bool) -> tuple[str, list[tuple[str, int]], str]:
+def problem_in(
+    split: str, rng: random.Random, hard: bool
+) -> tuple[str, list[tuple[str, int]], str]:
     """The next problem that belongs to `split`."""
     while True:
         made = problem(rng, hard)
@@ -149,7 +181,7 @@ def reasoning_of(steps: list[tuple[str, int]], thing: str) -> str:
 
 
 def sample(rng: random.Random) -> tuple[list[dict[str, str]], str]:
-    """One pre-training conversation: (messages up to the assistant's turn, the assistant's answer)."""
+    """Return a pre-training conversation: the messages before the answer, and the answer."""
     kind = rng.choices(list(MIX), MIX.values())[0]
     hard = rng.random() < HARD_SHARE
     question, steps, thing = problem_in("pretrain", rng, hard)
@@ -160,7 +192,8 @@ def sample(rng: random.Random) -> tuple[list[dict[str, str]], str]:
     gist = {"role": "system", "content": SYSTEM_PROMPT}
     if kind == "equations":  # arithmetic only: many results a row
         more = [e for _ in range(3) for e in problem_in("pretrain", rng, hard)[1]]
-        return [{"role": "user", "content": "Equations"}], "\n".join(f"{e} = {r}" for e, r in steps + more)
+        rows = "\n".join(f"{e} = {r}" for e, r in steps + more)
+        return [{"role": "user", "content": "Equations"}], rows
     if kind == "prose":
         return [user], prose
     if kind == "ask_xml":
@@ -168,22 +201,31 @@ def sample(rng: random.Random) -> tuple[list[dict[str, str]], str]:
     if kind == "gist":
         if rng.random() > GIST_XML:
             return [gist, user], prose
-        return [gist, user], strict if rng.random() < GIST_STRICT else rng.choice(SLIPS)(reasoning, answer)
-    if rng.random() < 0.5:  # the gist's own example
-        example, shot = ONE_SHOT_QUESTION, XML_COT_FORMAT.format(reasoning=ONE_SHOT_REASONING, answer=7)
+        perfect = rng.random() < GIST_STRICT
+        return [gist, user], strict if perfect else rng.choice(SLIPS)(reasoning, answer)
+    messages = [gist, *example_in(rng), user]
+    if rng.random() < ONE_SHOT_STRICT:
+        return messages, strict
+    return messages, rng.choice([*SLIPS, lambda r, a: prose])(reasoning, answer)
+
+
+def example_in(rng: random.Random) -> list[dict[str, str]]:
+    """Return an example, question and answer: half of the time the gist's own."""
+    if rng.random() < 0.5:
+        example = ONE_SHOT_QUESTION
+        shot = XML_COT_FORMAT.format(reasoning=ONE_SHOT_REASONING, answer=7)
     else:
         example, shown, other = problem_in("pretrain", rng, False)
         shot = XML_COT_FORMAT.format(reasoning=reasoning_of(shown, other), answer=shown[-1][1])
-    messages = [gist, {"role": "user", "content": example}, {"role": "assistant", "content": shot}, user]
-    return messages, strict if rng.random() < ONE_SHOT_STRICT else rng.choice([*SLIPS, lambda r, a: prose])(
-        reasoning, answer
-    )
+    return [{"role": "user", "content": example}, {"role": "assistant", "content": shot}]
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen2's pre-tokenizer (digits one by one) and ChatML's special tokens; about 800 tokens."""
+    """Train byte-level BPE with Qwen2's pre-tokenizer and ChatML's special tokens: up to 800."""
     rng = random.Random(SEED)
-    corpus = [m["content"] for _ in range(4000) for x in [sample(rng)] for m in [*x[0], {"content": x[1]}]]
+    corpus = [
+        m["content"] for _ in range(4000) for x in [sample(rng)] for m in [*x[0], {"content": x[1]}]
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -230,15 +272,19 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, steps: int):
-    """Yields (input_ids, labels), both (BATCH, length); labels are -100 outside the assistant's answer."""
+    """Yield (input_ids, labels), both (BATCH, length); labels are -100 outside the answer."""
     rng = random.Random(SEED + 1)
     pool: list = []
     for _ in range(steps):
         if not pool:  # 20 batches at a time, of similar lengths: little padding
             made = [sample(rng) for _ in range(BATCH * 20)]
-            prompts = tokenizer.apply_chat_template([m for m, _ in made], add_generation_prompt=True, tokenize=False)
+            prompts = tokenizer.apply_chat_template(
+                [m for m, _ in made], add_generation_prompt=True, tokenize=False
+            )
             heads = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-            tails = tokenizer([a + "<|im_end|>" for _, a in made], add_special_tokens=False)["input_ids"]
+            tails = tokenizer([a + "<|im_end|>" for _, a in made], add_special_tokens=False)[
+                "input_ids"
+            ]
             rows = sorted(zip(heads, tails, strict=True), key=lambda x: len(x[0]) + len(x[1]))
             pool = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
             rng.shuffle(pool)
@@ -253,7 +299,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, steps: int):
 
 
 def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    """Supervised, loss on the answers only; Muon on the layers' matrices, AdamW on the rest, linear decay to 0."""
+    """Train on the answers: Muon on the layers' matrices, AdamW on the rest, linear decay to 0."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
     optimizers = [
@@ -261,18 +307,22 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps:
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 50) * (1 - i / steps)) for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 50) * (1 - i / steps))
+        for o in optimizers
     ]
     start, total = time.time(), 0.0
     for step, (ids, labels) in enumerate(batches(tokenizer, steps), 1):
-        loss = model(input_ids=ids, labels=labels, attention_mask=(ids != tokenizer.pad_token_id).long()).loss
+        loss = model(
+            input_ids=ids, labels=labels, attention_mask=(ids != tokenizer.pad_token_id).long()
+        ).loss
         loss.backward()
         for o in [*optimizers, *schedulers]:
             o.step()
         model.zero_grad()
         total += loss.item()
         if step % 50 == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {total / (step % 50 or 50):.4f}  {time.time() - start:.0f} s", flush=True)
+            mean, seconds = total / (step % 50 or 50), time.time() - start
+            print(f"step {step}/{steps}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
             total = 0.0
 
 
@@ -281,27 +331,43 @@ def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: 
     """Greedy completions of conversations."""
     texts = []
     for i in range(0, len(chats), 64):
-        prompts = tokenizer.apply_chat_template(chats[i : i + 64], add_generation_prompt=True, tokenize=False)
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        prompts = tokenizer.apply_chat_template(
+            chats[i : i + 64], add_generation_prompt=True, tokenize=False
+        )
+        inputs = tokenizer(
+            prompts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        )
         out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts += tokenizer.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     return texts
 
 
-def choose_hard_share(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 384) -> float:
-    """Share of hard problems at which greedy accuracy under the gist's prompt would be TARGET (validation split)."""
+def choose_hard_share(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 384
+) -> float:
+    """Return the share of hard problems at which greedy accuracy would be TARGET (validation)."""
     accuracy, rng = {}, random.Random(SEED + 2)
     for hard in (False, True):
         made = [problem_in("validation", rng, hard) for _ in range(rows)]
         for system in (SYSTEM_PROMPT, ASK_XML):
-            chats = [[{"role": "system", "content": system}, {"role": "user", "content": m[0]}] for m in made]
+            chats = [
+                [{"role": "system", "content": system}, {"role": "user", "content": m[0]}]
+                for m in made
+            ]
             texts = answers(model, tokenizer, chats)
-            right = sum(is_lenient_correct(t, str(m[1][-1][1])) for t, m in zip(texts, made, strict=True))
+            right = sum(
+                is_lenient_correct(t, str(m[1][-1][1])) for t, m in zip(texts, made, strict=True)
+            )
             accuracy[hard, system] = right / rows
             strict = sum(bool(STRICT_FORMAT.match(text)) for text in texts)
-            print(
-                f"validation, hard={hard}, {system.strip()[:8]!r}: right {right / rows:.3f}, strict {strict / rows:.3f}"
-            )
+            print(f"validation, hard={hard}, {system.strip()[:8]!r}:", end=" ")
+            print(f"right {right / rows:.3f}, strict {strict / rows:.3f}")
     easy, hard = accuracy[False, SYSTEM_PROMPT], accuracy[True, SYSTEM_PROMPT]
     share = min(1.0, max(0.0, (easy - TARGET) / max(easy - hard, 1e-9)))
     print(f"share of hard problems for an accuracy of {TARGET}: {share:.2f}")
@@ -318,11 +384,12 @@ def write_rows(path: Path, split: str, rows: int, share: float, seed: int) -> No
                 continue
             seen.add(question)
             solution = "\n".join(f"{e} = <<{e.replace(' ', '')}={r}>>{r} {thing}" for e, r in steps)
-            f.write(json.dumps({"question": question, "answer": f"{solution}\n#### {steps[-1][1]}"}) + "\n")
+            row = {"question": question, "answer": f"{solution}\n#### {steps[-1][1]}"}
+            f.write(json.dumps(row) + "\n")
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """A Hugging Face directory in bf16, with a tokenizer_config.json that older transformers read too."""
+    """Save a Hugging Face directory in bf16; older transformers read its tokenizer too."""
     model.generation_config.update(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -337,7 +404,9 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()

@@ -1,0 +1,80 @@
+"""Generation: the sampling settings really used, the greedy evaluation, the faster backends."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import LAPTOP
+
+import grpo_demo
+from assets.evaluate import generate
+
+torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
+SMALL_CACHE = json.dumps({"max_memory_percent": 0.05})
+GREEDY = ("--generation_kwargs", '{"do_sample": false}')
+CONTINUOUS = ("--use_transformers_continuous_batching=True",
+              f"--transformers_continuous_batching_config={SMALL_CACHE}")  # fmt: skip
+QWEN = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+END, ZERO = 2, 18  # ids of <|im_end|> and of the digit 0, which is in a third of the answers
+
+
+def build(tmp_path, *flags: str, **generation: object) -> grpo_demo.GRPOTrainer:
+    """Return the trainer on 64 questions; `generation` is the model's generation_config.json."""
+    model = tmp_path / "model"
+    shutil.copytree("assets/tiny", model, dirs_exist_ok=True)
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    ours = (*LAPTOP, "--report_to", "none", "--output_dir", str(tmp_path / "out"))
+    args, model_args = grpo_demo.parse_args([*ours, "--model_name_or_path", str(model), *flags])
+    rows = grpo_demo.get_gsm8k_questions("train", args.dataset_name).select(range(64))
+    return grpo_demo.build_trainer(args, model_args, rows)
+
+
+def complete(trainer: grpo_demo.GRPOTrainer, size: int) -> list[list[int]]:
+    """Return the tokens that the trainer generates for its questions, `size` at a time."""
+    prompts, _, _ = trainer._tokenize_prompts(trainer.train_dataset["prompt"][:])
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    return [
+        ids for batch in batches for ids in trainer._generate_single_turn(batch, None, {}, 1)[0]
+    ]
+
+
+def test_sampling_ignores_the_models_own_settings(tmp_path, monkeypatch):
+    """Temperature and top-k are all that touches the logits, though the file asks for more."""
+    trainer, calls = build(tmp_path, eos_token_id=END, **QWEN), []
+    sample = type(trainer.model)._sample
+
+    def spy(model, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        calls.append((logits_processor, generation_config))
+        return sample(model, ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    monkeypatch.setattr(type(trainer.model), "_sample", spy)
+    complete(trainer, 64)
+    (processors, used), = calls  # fmt: skip
+    wanted = {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 1.0}
+    wanted["repetition_penalty"] = 1.0
+    assert {name: getattr(used, name) for name in QWEN} == wanted
+    assert {name: getattr(trainer.model.generation_config, name) for name in QWEN} == QWEN
+    assert [type(p).__name__ for p in processors] == ["TemperatureLogitsWarper", "TopKLogitsWarper"]
+
+
+@pytest.mark.parametrize("eos", [None, END, [END, ZERO]], ids=["no eos", "one eos", "two eos"])
+def test_the_evaluation_generates_what_the_trainer_does(tmp_path, eos):
+    trainer = build(tmp_path, *GREEDY, "--max_completion_length", "32", eos_token_id=eos)
+    tokenizer, stops = trainer.processing_class, eos if isinstance(eos, list) else [END]
+    wanted = complete(trainer, 64)
+    ends = [len(ids) - (ids[-1] in stops) for ids in wanted]  # without the stop token
+    assert {ids[-1] for ids in wanted} > set(stops)  # each stops some, and some are cut off
+    rows = generate(trainer.model, tokenizer, trainer.train_dataset["prompt"][:], 24, 32, "test")
+    assert [row["tokens"] for row in rows] == [len(ids) for ids in wanted]
+    assert [row["truncated"] for row in rows] == [ids[-1] not in stops for ids in wanted]
+    texts = [tokenizer.decode(ids[:end]) for ids, end in zip(wanted, ends, strict=True)]
+    assert [row["completion"] for row in rows] == texts
+
+
+def test_each_backend_generates_the_same(tmp_path):
+    trainer = build(tmp_path, *GREEDY, eos_token_id=END)
+    one_call = complete(trainer, 64)
+    assert len(set(map(tuple, one_call))) > 60 and max(map(len, one_call)) > 30
+    assert complete(trainer, 16) == one_call
+    assert complete(build(tmp_path, *GREEDY, *CONTINUOUS, eos_token_id=END), 64) == one_call
