@@ -154,26 +154,22 @@ class DemoConfig(GRPOConfig):
     overwrite_output: bool = field(default=False, metadata={"help": "Move an old run aside."})
 
     def __post_init__(self):
-        if not self.use_cpu:
-            check_gpu(self)
+        """Check the GPU before TRL does, with a clearer message."""
+        if not self.use_cpu and not torch.cuda.is_available():
+            laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
+            raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
+        gpus = 0 if self.use_cpu else torch.cuda.device_count()
+        if gpus > 1 and "LOCAL_RANK" not in os.environ:
+            n = 1 << gpus.bit_length() - 1  # the largest power of two: divides 64
+            run = f"--num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
+            one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
+            raise UserError(
+                f"{gpus} GPUs, 1 process. Use {n}: accelerate launch {run}; or 1: {one}"
+            )
+        if gpus and self.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            flags = "--bf16 False --fp16 True --dtype float32"
+            raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
         super().__post_init__()
-
-
-def check_gpu(args: DemoConfig) -> None:
-    """Raise UserError if there is no GPU that can do what `args` asks for."""
-    if not torch.cuda.is_available():
-        laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
-        raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
-    if (gpus := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
-        n = 1 << gpus.bit_length() - 1  # the largest power of two: divides 64
-        flags = f"--num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
-        one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
-        raise UserError(
-            f"{gpus} GPUs, one process. Use {n}: accelerate launch {flags}; or 1: {one}"
-        )
-    if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        flags = "--bf16 False --fp16 True --dtype float32"
-        raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
