@@ -71,8 +71,8 @@ PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions per backward pass: more is faster
 GRADIENT_ACCUMULATION_STEPS = 64  # batch size x this = 64 completions a step; keep the product
 GRADIENT_CHECKPOINTING = False  # True: same numbers, less memory, slower
 MAX_COMPLETION_LENGTH = 786  # tokens; a longer answer is cut and loses its closing tags
-TEMPERATURE = 1.0  # in the loss: the gist scored logits unscaled
-GENERATION_KWARGS = {"temperature": 0.9}  # in sampling
+TEMPERATURE = 1.0  # divides the logits in the loss; does not change sampling
+GENERATION_KWARGS = {"temperature": 0.9}  # of sampling
 TOP_K = 50  # transformers' default at the time (Qwen's own file says 20)
 TOP_P = 1.0  # off, as in the gist (Qwen's own file says 0.8)
 REPETITION_PENALTY = 1.0  # off, as in the gist (Qwen's own file says 1.1)

@@ -41,10 +41,11 @@ def extract_hash_answer(text: str) -> str | None:
 
 
 def count_xml(text: str) -> float:
-    """Return the gist's partial credit: 0.125 per tag, minus 0.001 per character after the end.
+    """Return the gist's partial credit: 0.125 per tag, minus a penalty for text after the end.
 
-    The penalty splits on `\\n</answer>\\n`. Without the final newline the split returns the whole
-    text, so its full length is penalized.
+    Each character after the end costs 0.002: two splits charge 0.001 each. The first splits on
+    `\\n</answer>\\n`. Without the final newline it returns the whole text, so its full length is
+    penalized.
     """
     count = 0.0
     if text.count("<reasoning>\n") == 1:
@@ -66,12 +67,12 @@ def xmlcount_reward_func(completions: list, **kwargs) -> list[float]:
 
 
 def soft_format_reward_func(completions: list, **kwargs) -> list[float]:
-    """Return 0.5 for a reasoning block, any whitespace, then an answer block; else 0."""
+    """Return 0.5 if the text starts with a reasoning and an answer block, else 0."""
     return [0.5 if SOFT_FORMAT.match(c[0]["content"]) else 0.0 for c in completions]
 
 
 def strict_format_reward_func(completions: list, **kwargs) -> list[float]:
-    """Return 0.5 if every tag is on a line of its own and nothing follows the last; else 0."""
+    """Return 0.5 if every tag has its own line and at most one blank line follows, else 0."""
     return [0.5 if STRICT_FORMAT.match(c[0]["content"]) else 0.0 for c in completions]
 
 

@@ -113,8 +113,9 @@ class Run(WandbCallback):
             self.refuse("holds other files")
 
     def is_foreign(self, path: Path) -> bool:
-        """Return whether a file belongs neither to a run nor to an evaluation by `--eval_only`."""
-        return path.is_file() and not path.relative_to(self.out).parts[0].startswith("eval-")
+        """Return whether a file is not from `--eval_only`, and no `run.json` cut off by a kill."""
+        name = path.relative_to(self.out).parts[0]
+        return path.is_file() and not name.startswith("eval-") and name != "run.part"
 
     def refuse(self, why: str) -> None:
         other = "choose another --output_dir, or --overwrite_output to move it aside"

@@ -82,7 +82,9 @@ class Job:
     def wait(self, timeout: int = 300) -> SimpleNamespace:
         """Wait for the end: returncode (negative: killed by that signal), stdout, stderr."""
         self.process.join(timeout)
-        assert not self.alive(), f"still running: {Path(self.logs[1]).read_text()[-2000:]}"
+        if late := self.alive():
+            self.process.kill()
+        assert not late, f"still running: {Path(self.logs[1]).read_text()[-2000:]}"
         out, err = (Path(log).read_text() for log in self.logs)
         return SimpleNamespace(returncode=self.process.exitcode, stdout=out, stderr=err)
 

@@ -38,13 +38,16 @@ ANSWERS = [  # completions are fixed; the gold answer is 20; n is the prompt's o
 @contextmanager
 def float64():
     """Make float32 mean float64: TRL fixes it for rewards and log-probs, transformers for norms."""
+    single = torch.float32
     with pytest.MonkeyPatch.context() as patch:
         for name in ("float32", "float"):
             patch.setattr(torch, name, torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
-        yield
-    torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(single)
 
 
 def log_probs(model, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
