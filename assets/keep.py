@@ -79,7 +79,7 @@ def run(args: GRPOConfig, config: dict) -> Iterator["Run"]:
         kept = Run(args, config)
     try:
         yield kept
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # safetensors has a kind of its own
         if not DISK_FULL.search(str(error)):
             raise
         free = f"{shutil.disk_usage(kept.out).free / 1e6:,.0f} MB are free in {kept.out}"
@@ -239,7 +239,9 @@ class Run(WandbCallback):
             ),
             "the loss or a weight is not finite: stopping": self.broken,
         }
-        for text in {text for text, failed in problems.items() if failed} - self.warned:
+        for text in [text for text, failed in problems.items() if failed]:
+            if text in self.warned:
+                continue
             self.warned.add(text)
             say(f"\nwarning: step {state.global_step}: {text}", error=True)
             if wandb.run:

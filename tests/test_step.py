@@ -211,7 +211,7 @@ def test_a_wrong_setting_is_seen(tmp_path, flags):
 def test_two_processes_take_the_same_steps(tmp_path):
     """The middle one of the three groups is split: half of it is in each process."""
     size, script = "--per_device_train_batch_size", "tests/test_step.py"
-    launch = [*TWO, "--main_process_port", "0", script, tmp_path, size, "6"]
+    launch = [*TWO, script, tmp_path, size, "6"]
     done = subprocess.run(map(str, launch), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     batches, record = train(tmp_path, size, "12")
