@@ -44,14 +44,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # after a short spin, for deco
 import torch
 import trl
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 import rewards
-from assets import keep
-from assets.evaluate import Evaluation
+from assets import keep, memory
+from assets.evaluate import Evaluation, write_card
 from assets.keep import UserError, one_line_errors, say
 
 # Model and data
@@ -82,6 +83,7 @@ BETA = 0.04  # weight of the KL penalty (TRL's default is now 0)
 LOSS_TYPE = "grpo"  # mean over each completion's tokens, then over completions
 SCALE_REWARDS = "group"  # divide advantages by the group's standard deviation
 USE_BIAS_CORRECTION_KL = False  # plain k3 estimator of the KL (TRL's default is now True)
+VLLM_IMPORTANCE_SAMPLING_CORRECTION = False  # True would weight by p(1.0) / p(0.9, top 50)
 
 # Optimizer
 OPTIM = "adamw_torch"  # AdamW
@@ -138,6 +140,14 @@ XML_COT_FORMAT = """\
 """
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
+REFUSED = {
+    "trust_remote_code": "the script runs no code from a model's repository",
+    "resume_from_checkpoint": "run the same command again, it resumes",
+    "push_to_hub": "it would upload W&B files and completions. After training: hf upload YOU/NAME "
+    "OUTPUT_DIR . --exclude 'wandb/*' --exclude 'completions/*' --exclude 'checkpoint-*/*' "
+    "--exclude run.json",
+    "hub_token": "it would be logged. Set the environment variable HF_TOKEN",
+}
 
 
 @dataclass
@@ -151,10 +161,12 @@ class DemoConfig(GRPOConfig):
     evaluate: bool = field(default=EVALUATE, metadata={"help": "Before and after training."})
     eval_samples: int = field(default=EVAL_SAMPLES, metadata={"help": "Test questions; 0: all."})
     eval_only: bool = field(default=False, metadata={"help": "Evaluate, do not train."})
+    estimate_memory: bool = field(default=False, metadata={"help": "Print it, do not train."})
     overwrite_output: bool = field(default=False, metadata={"help": "Move an old run aside."})
 
     def __post_init__(self):
         """Check the GPU before TRL does, with a clearer message."""
+        self.use_cpu = self.use_cpu or self.estimate_memory
         if not self.use_cpu and not torch.cuda.is_available():
             laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
             raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
@@ -168,6 +180,7 @@ class DemoConfig(GRPOConfig):
             )
         if gpus and self.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             flags = "--bf16 False --fp16 True --dtype float32"
+            flags += ", and --use_peft if the memory is too small (--estimate_memory tells)"
             raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
         super().__post_init__()
 
@@ -192,9 +205,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     parser.set_defaults_with_config(**constants)  # those that are no flag are passed over
     with one_line_errors("settings"):
         args, model_args = parser.parse_args_and_config(argv)
-    if args.trust_remote_code or args.resume_from_checkpoint:
-        flag = "trust_remote_code" if args.trust_remote_code else "resume_from_checkpoint"
-        raise UserError(f"--{flag} is not supported; to resume, run the same command again")
+    for flag, instead in REFUSED.items():
+        if getattr(args, flag):
+            raise UserError(f"--{flag} is not supported: {instead}")
     return args, model_args
 
 
@@ -258,18 +271,24 @@ def get_gsm8k_questions(
 
 
 def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
-    """Return the model, as an instance like in the gist, and its tokenizer."""
+    """Return the model, as an instance like in the gist, and its tokenizer.
+
+    A directory or hub id with a LoRA adapter gives its base model with that adapter, trainable.
+    """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
     with one_line_errors(f"cannot load model {name!r} (a hub id, or a local directory)"):
-        model = AutoModelForCausalLM.from_pretrained(
+        adapter = find_adapter_config_file(name, revision=revision)
+        auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+        model = auto.from_pretrained(
             name,
             revision=revision,
             dtype=model_args.dtype,
             attn_implementation=attention,
             quantization_config=get_quantization_config(model_args),
             use_safetensors=True,
+            **({"is_trainable": True} if adapter else {}),
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token  # as in the gist
@@ -278,6 +297,16 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
 
 class GRPOTrainer(trl.GRPOTrainer):
     """TRL's trainer, which also logs accuracy. Its name stays: W&B's timers are named after it."""
+
+    def __init__(self, args: DemoConfig, **kwargs):
+        super().__init__(args=args, **kwargs)
+        if self.use_vllm and self.vllm_mode == "colocate":  # it has set the seed to its own
+            set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write README.md of the output directory, with every checkpoint and at the end."""
+        if self.is_world_process_zero():
+            write_card(self.args, self.model.config._name_or_path)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         texts, golds = [c[0]["content"] for c in completions], [row["answer"] for row in inputs]
@@ -293,10 +322,8 @@ class GRPOTrainer(trl.GRPOTrainer):
 def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> GRPOTrainer:
     """Return the trainer with model, five rewards and, with `--use_peft`, the LoRA adapter.
 
-    UserError if the model does not load, the rows do not fill a step, or TRL refuses a setting.
+    UserError if the model does not load, or the settings do not fit together.
     """
-    if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
-        raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
     model, tokenizer = load_model(args, model_args)
     if model_args.model_revision != "main":  # TRL loads the reference model by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
@@ -306,17 +333,25 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
         if long := sum(n > args.max_prompt_length for n in lengths):
             over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
             say(f"warning: {over} (up to {max(lengths)}); they are kept whole", error=True)
-        return GRPOTrainer(
+        trainer = GRPOTrainer(
             model=model,
             args=args,
             reward_funcs=rewards.REWARD_FUNCS,
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
+            peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
         )
+    cast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtypes = {p.dtype for p in trainer.model.parameters()}
+    if args.use_transformers_continuous_batching and cast and dtypes != {cast}:
+        raise UserError(
+            f"continuous batching would cast weights in training to {cast}: add --bf16 False "
+            "--fp16 False, or train in bfloat16, without LoRA"
+        )
+    return trainer
 
 
-def print_banner(trainer: GRPOTrainer) -> None:
+def print_banner(trainer: GRPOTrainer, model_args: ModelConfig) -> None:
     """Print what is about to run."""
     args, model, gpu = trainer.args, trainer.model, trainer.args.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -324,6 +359,9 @@ def print_banner(trainer: GRPOTrainer) -> None:
     say(f"model   {model.config._name_or_path}, {model.dtype}")
     say(f"        {model.num_parameters():,} parameters, {trained:,} of them trained")
     say(f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention")
+    if gpu:
+        card = torch.cuda.get_device_properties(args.device).total_memory
+        say(f"memory  {memory.advice(model.config, args, model_args, card)}")
     say(f"data    {args.dataset_name}, {prompts:,} prompts")
     say(f"step    {args.generation_batch_size} completions in groups of {args.num_generations}")
     say(f"output  {args.output_dir}")
@@ -340,10 +378,11 @@ def build_evaluation(args: DemoConfig, model_args: ModelConfig) -> Evaluation:
 def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate a saved model, zero-shot and one-shot, in a new folder of the output directory."""
     args.output_dir = str(Path(args.output_dir, f"eval-{datetime.now():%Y%m%d-%H%M%S}"))
+    args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
     evaluation = build_evaluation(args, model_args)
-    model, tokenizer = load_model(args, model_args)
-    evaluation.evaluate(model, tokenizer, "zero_shot", one_shot=False)
-    evaluation.evaluate(model, tokenizer, "one_shot", one_shot=True)
+    trainer = build_trainer(args, model_args, evaluation.questions)
+    evaluation.evaluate(trainer, "zero_shot", one_shot=False)
+    evaluation.evaluate(trainer, "one_shot", one_shot=True)
     evaluation.report()
     say(f"kept in {args.output_dir}")
 
@@ -352,25 +391,26 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
     rows = get_gsm8k_questions("train", args.dataset_name, args.dataset_config, args.one_shot)
     evaluation = build_evaluation(args, model_args) if args.evaluate else None
+    if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
+        raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
     config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": SYSTEM_PROMPT}
     config["data"] = sha256(repr(rows.to_dict()).encode()).hexdigest()[:12]
     config["rewards.py"] = sha256(Path(rewards.__file__).read_bytes()).hexdigest()[:12]
     config["world_size"] = args.world_size
     with keep.run(args, config) as kept:
         trainer = build_trainer(args, model_args, rows)
-        tokenizer = trainer.processing_class
         kept.watch(trainer)
-        print_banner(trainer)
+        print_banner(trainer, model_args)
         if evaluation:
-            evaluation.evaluate(trainer.model, tokenizer, "before_zero_shot", one_shot=False)
-            evaluation.evaluate(trainer.model, tokenizer, "before_one_shot", one_shot=True)
+            evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
+            evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
         kept.train()  # trainer.train(), from the newest checkpoint
         trainer.save_model()
         if evaluation:
-            model = trainer.accelerator.unwrap_model(trainer.model)
             after = "after_one_shot" if args.one_shot else "after_zero_shot"
-            evaluation.evaluate(model, tokenizer, after, one_shot=args.one_shot)
+            evaluation.evaluate(trainer, after, one_shot=args.one_shot)
             evaluation.report()
+        trainer.create_model_card()
     ask = "make_prompt('Mia has 14 pens and buys 23 more. How many pens does Mia have now?')"
     ask = f"pipeline('text-generation', '{args.output_dir}')({ask}, max_new_tokens=256)"
     code = "from transformers import pipeline; from grpo_demo import make_prompt; "
@@ -384,7 +424,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("COLUMNS", "160")  # room for TRL's table in a log file
     try:
         args, model_args = parse_args(argv)
-        (eval_only if args.eval_only else train)(args, model_args)
+        task = memory.report if args.estimate_memory else eval_only if args.eval_only else train
+        task(args, model_args)
     except UserError as error:
         say("error: " + " ".join(str(error).split()), error=True)
         raise SystemExit(2) from None

@@ -3,59 +3,75 @@
 `Evaluation` does all of it for `grpo_demo.py`; `verdict` is the rule that says what was learned.
 """
 
+import json
 import math
+import os
+import shlex
+import sys
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import pandas as pd
-import torch
+import trl
 import wandb
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from trl import GRPOConfig
+from huggingface_hub import ModelCardData
+from transformers import GenerationConfig
+from trl import GRPOConfig, GRPOTrainer
 
-from assets.keep import say, write_json
+from assets.keep import first_process, say, write_json
 from rewards import score
 
+GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
 Z = 1.96  # 95% intervals
 COLUMNS = [*score("", ""), "truncated", "tokens"]
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
-    batch_size: int,
-    max_new_tokens: int,
-    title: str,
-) -> list[dict]:
-    """Generate greedily for all prompts, sharded over the processes. Uses no random numbers.
-
-    Returns a dict per prompt, in order and on every process: `completion` (text), `tokens` (with
-    the end-of-turn token) and `truncated` (no end within `max_new_tokens`).
-    """
-    eos = model.generation_config.eos_token_id
-    stops = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos] * (eos is not None))]
-    greedy = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": stops}
+def greedy(trainer: GRPOTrainer) -> GRPOTrainer:
+    """Return a shallow copy that shares the model, but generates greedily and logs no timers."""
+    trainer, tokenizer = copy(trainer), trainer.processing_class
+    trainer.args = copy(trainer.args)
+    trainer.args.report_to = []
+    if trainer.use_vllm:
+        trainer.vllm_generation = copy(trainer.vllm_generation)
+        trainer.vllm_generation.generation_kwargs = {"temperature": 0.0, "repetition_penalty": 1.0}
+        return trainer
     off = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-    config = GenerationConfig(**greedy, **off, pad_token_id=tokenizer.eos_token_id)
-    style = {"add_generation_prompt": True, "padding": True, "return_dict": True}
-    model.eval()
-    done = []
-    with PartialState().split_between_processes(prompts) as shard:
+    trainer.generation_kwargs = off | {
+        "do_sample": False,
+        "max_new_tokens": trainer.max_completion_length,
+        "eos_token_id": trainer.eos_token_ids,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    trainer.generation_config = GenerationConfig(**trainer.generation_kwargs, disable_compile=True)
+    return trainer
+
+
+def generate(
+    trainer: GRPOTrainer, prompts: list[list[dict[str, str]]], batch_size: int, title: str
+) -> list[dict]:
+    """Generate greedily for all prompts, with the trainer's own backend and precision.
+
+    Sharded over the processes, which all make the same number of calls, as ZeRO-3 and FSDP need.
+    Uses no random numbers. Returns a dict per prompt, in order and on every process: `completion`
+    (text), `tokens` (with the end-of-turn token) and `truncated` (no end within the limit).
+    """
+    trainer, tokenizer, done = greedy(trainer), trainer.processing_class, []
+    accelerator, extra = trainer.accelerator, -len(prompts) % trainer.accelerator.num_processes
+    with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
         for i in tqdm(range(0, len(shard), batch_size), desc=title):
-            batch = shard[i : i + batch_size]
-            inputs = tokenizer.apply_chat_template(batch, return_tensors="pt", **style)
-            outputs = model.generate(**inputs.to(model.device), generation_config=config)
-            for ids in outputs[:, inputs["input_ids"].shape[1] :].tolist():
-                end = next((k for k, token in enumerate(ids) if token in stops), None)
-                text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-                tokens = len(ids) if end is None else end + 1
-                done.append({"completion": text, "tokens": tokens, "truncated": end is None})
-    return gather_object(done)
+            trainer.model.eval()
+            ids, _, _ = trainer._tokenize_prompts(shard[i : i + batch_size])
+            with accelerator.autocast():  # as in training; the model is not wrapped before it
+                completions, _ = trainer._generate_single_turn(ids, None, {}, 1)
+            for tokens in completions:
+                cut = tokens[-1] not in trainer.eos_token_ids
+                text = tokenizer.decode(tokens[: len(tokens) - (not cut)], skip_special_tokens=True)
+                done.append({"completion": text, "tokens": len(tokens), "truncated": cut})
+    return gather_object(done)[: len(prompts)]
 
 
 class Evaluation:
@@ -65,13 +81,11 @@ class Evaluation:
         self, args: GRPOConfig, model_name: str, questions: Dataset, make_prompt: Callable
     ):
         self.questions, self.make_prompt, self.out = questions, make_prompt, Path(args.output_dir)
-        self.batch_size = args.per_device_eval_batch_size
-        self.max_new_tokens = args.max_completion_length
-        names = ("dataset_name", "max_completion_length", "seed", "output_dir")
+        names = ("dataset_name", "max_completion_length", "seed", "output_dir", "use_vllm")
         self.settings = {"model": model_name} | {name: getattr(args, name) for name in names}
         self.measured: dict[str, list[dict]] = {}
 
-    def evaluate(self, model, tokenizer, name: str, one_shot: bool) -> list[dict]:
+    def evaluate(self, trainer: GRPOTrainer, name: str, one_shot: bool) -> list[dict]:
         """Generate and score an answer to every question, with an example if `one_shot`.
 
         Returns a row per question: question, gold, completion, tokens, truncated and the four
@@ -79,12 +93,16 @@ class Evaluation:
         run finds them.
         """
         path = self.out / "evaluation" / f"{name}.parquet"
-        rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
+
+        def kept() -> list[dict]:
+            return pd.read_parquet(path).to_dict("records") if path.exists() else []
+
+        rows = first_process(kept)
         asked = list(zip(self.questions["question"], self.questions["answer"], strict=True))
         if [(row["question"], row["gold"]) for row in rows] != asked:
             prompts = [self.make_prompt(question, one_shot) for question, _ in asked]
-            sizes = (self.batch_size, self.max_new_tokens)
-            made = generate(model, tokenizer, prompts, *sizes, f"evaluate {name}")
+            size = trainer.args.per_device_eval_batch_size
+            made = generate(trainer, prompts, size, f"evaluate {name}")
             rows = [
                 {"question": question, "gold": gold, **row, **score(row["completion"], gold)}
                 for (question, gold), row in zip(asked, made, strict=True)
@@ -100,13 +118,9 @@ class Evaluation:
         """Print the table and, after training, the verdict; keep both in `evaluation.json`, W&B."""
         measurements = {name: summarize(rows) for name, rows in self.measured.items()}
         result = {"settings": self.settings | {"decoding": "greedy"}, "measurements": measurements}
-        titles = [f"{len(self.questions)} questions", *measurements]
-        say("\n" + "".join(f"{title:>27}" for title in titles))
-        for column in COLUMNS:
-            form = "{:.1f} [{:.1f}, {:.1f}]" if column == "tokens" else "{:.1%} [{:.1%}, {:.1%}]"
-            cells = [m[column] for m in measurements.values()]
-            texts = [form.format(cell["value"], *cell["interval"]) for cell in cells]
-            say("".join(f"{text:>27}" for text in [column, *texts]))
+        say()
+        for row in table(measurements):
+            say("".join(f"{text:>27}" for text in row))
         if len(measurements) == 3:
             before, control, after = self.measured.values()
             if "after_one_shot" in measurements:
@@ -130,6 +144,40 @@ class Evaluation:
             wandb.log({f"eval/{name}": wandb.Table(dataframe=answers)})
         words = {f"eval/{key}": result[key] for key in ("verdict", "sentences") if key in result}
         wandb.run.summary.update(words)
+
+
+def table(measurements: dict[str, dict]) -> list[list[str]]:
+    """Return the texts of a table: a header, then a row for each figure, with its interval."""
+    (n,) = {m["soft_format"]["n"] for m in measurements.values()}
+    rows = [[f"{n} questions", *measurements]]
+    for column in COLUMNS:
+        form = "{:.1f} [{:.1f}, {:.1f}]" if column == "tokens" else "{:.1%} [{:.1%}, {:.1%}]"
+        cells = [m[column] for m in measurements.values()]
+        rows += [[column, *(form.format(cell["value"], *cell["interval"]) for cell in cells)]]
+    return rows
+
+
+def write_card(args: GRPOConfig, model_name: str) -> None:
+    """Write the model card, README.md: model, data, command, and the evaluation if there is one."""
+    on_hub = {"base_model": model_name, "datasets": args.dataset_name}
+    on_hub = {key: name for key, name in on_hub.items() if not os.path.exists(name)}
+    out, command = Path(args.output_dir), shlex.join(["python", "grpo_demo.py", *sys.argv[1:]])
+    library = "peft" if (out / "adapter_config.json").exists() else "transformers"
+    data = ModelCardData(**on_hub, library_name=library, tags=["trl", "grpo"])
+    lines = [f"---\n{data.to_yaml()}\n---", f"# {out.name}"]
+    lines += [f"The model `{model_name}`, trained with GRPO on the data `{args.dataset_name}`:"]
+    lines += [
+        f"    {command}",
+        f"The script is willccbb's {GIST}, updated to TRL {trl.__version__}.",
+    ]
+    if (out / "evaluation.json").exists():
+        result = json.loads((out / "evaluation.json").read_text())
+        header, *rows = table(result["measurements"])
+        rows = [header, ["---"] * len(header), *rows]
+        lines += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
+        lines += ["Test questions, greedy answers; in brackets 95% intervals."]
+        lines += [f"Learned: {result['verdict']}.", *result["sentences"]]
+    (out / "README.md").write_text("\n\n".join(lines) + "\n")
 
 
 def share(rows: list[dict], column: str) -> float:

@@ -17,13 +17,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import wandb
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.utils import get_total_norm
 from transformers import TrainerState
 from transformers.integrations import WandbCallback
@@ -33,7 +35,7 @@ from wandb.sdk.lib.runid import generate_id
 
 # Settings that do not change what is computed: they may differ when a run is resumed
 FREE_SETTINGS = """evaluate eval_samples eval_only per_device_eval_batch_size eval_batch_size
-    overwrite_output output_dir report_to project run_name logging_steps log_completions
+    local_rank overwrite_output output_dir report_to project run_name logging_steps log_completions
     num_completions_to_print save_steps save_strategy save_total_limit disable_tqdm"""
 DISK_FULL = re.compile("No space left|inline_container|iostream")  # the last two are torch.save's
 
@@ -53,9 +55,9 @@ def one_line_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
 
 
-def say(message: str, error: bool = False) -> None:
-    """Print a line, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+def say(message: str = "", error: bool = False) -> None:
+    """Print a line, on the first process only; an error, on the first process of each machine."""
+    if os.environ.get("LOCAL_RANK" if error else "RANK", "0") == "0":
         print(message, file=sys.stderr if error else sys.stdout, flush=True)
 
 
@@ -64,6 +66,20 @@ def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(value, indent=1) + "\n")
     path.with_suffix(".part").rename(path)
+
+
+def first_process(decide: Callable[[], Any]) -> Any:
+    """Call `decide` on the first process; return its result, or raise its error, on all."""
+    result = [None, None]
+    if PartialState().is_main_process:
+        try:
+            result[0] = decide()
+        except (UserError, SystemExit) as error:
+            result[1] = error
+    result, error = broadcast_object_list(result)
+    if error:
+        raise error
+    return result
 
 
 @contextmanager
@@ -75,8 +91,7 @@ def run(args: GRPOConfig, config: dict) -> Iterator["Run"]:
     Exits with status 0 if the run is finished, 1 if the disk is full. UserError if the directory
     holds a run with other settings, or other files.
     """
-    with args.main_process_first(local=False):
-        kept = Run(args, config)
+    kept = Run(args, config)
     try:
         yield kept
     except Exception as error:  # safetensors has a kind of its own
@@ -101,16 +116,21 @@ class Run(WandbCallback):
     def __init__(self, args: GRPOConfig, config: dict):
         super().__init__()
         self.args, self.config, self.out = args, config, Path(args.output_dir)
-        self.path, self.checkpoint = self.out / "run.json", None
-        if args.overwrite_output and self.out.exists():
+        self.path = self.out / "run.json"
+        self.record, self.checkpoint = first_process(self.claim)
+
+    def claim(self) -> tuple[dict, str | None]:
+        """Return the record of a new or a stopped run, and its newest complete checkpoint."""
+        if self.args.overwrite_output and self.out.exists():
             aside = self.out.with_name(f"{self.out.name}.{datetime.now():%Y%m%d-%H%M%S}")
             say(f"moved the old {self.out} to {self.out.rename(aside)}")
-        settings = {k: str(v) for k, v in config.items() if k not in FREE_SETTINGS.split()}
-        self.record = {"settings": settings, "wandb_id": generate_id(), "finished": False}
+        settings = {k: str(v) for k, v in self.config.items() if k not in FREE_SETTINGS.split()}
+        record = {"settings": settings, "wandb_id": generate_id(), "finished": False}
         if self.path.exists():
-            self.resume(json.loads(self.path.read_text()))
-        elif any(self.is_foreign(f) for f in self.out.rglob("*")):
+            return self.resume(settings, json.loads(self.path.read_text()))
+        if any(self.is_foreign(f) for f in self.out.rglob("*")):
             self.refuse("holds other files")
+        return record, None
 
     def is_foreign(self, path: Path) -> bool:
         """Return whether a file is not from `--eval_only`, and no `run.json` cut off by a kill."""
@@ -121,21 +141,20 @@ class Run(WandbCallback):
         other = "choose another --output_dir, or --overwrite_output to move it aside"
         raise UserError(f"{self.out} {why}: {other}")
 
-    def resume(self, record: dict) -> None:
-        """Take over the run of `run.json` and find its newest complete checkpoint."""
-        old, new = record["settings"], self.record["settings"]
+    def resume(self, new: dict, record: dict) -> tuple[dict, str | None]:
+        """Return the record of a stopped run and its newest complete checkpoint."""
+        old = record["settings"]
         if changed := [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]:
             self.refuse(f"is a run with other settings ({'; '.join(changed)})")
         if record["finished"]:
             say(f"{self.out} is finished, nothing to do; --overwrite_output starts again")
             raise SystemExit(0)
-        self.record = record
         for folder in reversed(sort_checkpoints(str(self.out))):
             if self.is_complete(Path(folder)):
                 say(f"resuming from {folder}")
-                self.checkpoint = folder
-                return
+                return record, folder
             say(f"warning: {folder} is incomplete: using the one before", error=True)
+        return record, None
 
     def is_complete(self, folder: Path) -> bool:
         """Return whether a checkpoint has its last file, and random states of every process."""
@@ -150,8 +169,8 @@ class Run(WandbCallback):
         if self.args.process_index == 0:
             write_json(self.path, self.record)
         self.trainer, self.signal, self.broken = trainer, 0, False
-        self.flat_steps, self.formatted, self.warned = 0, False, set()
-        self.logged = self.last_logged_step()
+        self.flat_steps, self.skipped, self.formatted, self.warned = 0, 0, False, set()
+        self.logged = self.last_logged_step() if self.args.process_index == 0 else 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         trainer.remove_callback(WandbCallback)
@@ -212,8 +231,9 @@ class Run(WandbCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.broken = not get_total_norm(trained).isfinite()
-        self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
+        self.broken = not math.isfinite(get_total_norm(trained))
+        both = gather_object([(self.signal, self.broken)])  # all processes stop at the same step
+        self.signal, self.broken = map(max, zip(*both, strict=True))
         control.should_log = control.should_log or self.broken  # on_log stops it, unsaved
         if self.signal:
             control.should_save = control.should_training_stop = True
@@ -226,7 +246,9 @@ class Run(WandbCallback):
         formats = [logs.get(f"rewards/{f}_format_reward_func/mean", 1) for f in ("soft", "strict")]
         self.formatted = self.formatted or any(formats)
         self.flat_steps = self.flat_steps + 1 if logs["frac_reward_zero_std"] == 1 else 0
-        finite = math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))
+        skipped = not math.isfinite(logs.get("grad_norm", 0.0))  # fp16: GradScaler lowers its scale
+        self.skipped = self.skipped + 1 if skipped else 0
+        finite = math.isfinite(logs["loss"]) and self.skipped <= (20 if args.fp16 else 0)
         self.broken = self.broken or not finite
         problems = {
             "no reward variance in any group for 20 steps: nothing is learned": self.flat_steps

@@ -127,51 +127,51 @@ def test_interval_of_tokens():
 
 
 def build(out, *flags: str) -> tuple:
-    """Return evaluation, model and tokenizer of the laptop run on its first 12 questions."""
-    flags = ("--report_to", "none", "--eval_samples", "12", *flags)
+    """Return evaluation and trainer of the laptop run on its first 12 questions."""
+    flags = ("--report_to", "none", "--eval_samples", "12", "--beta", "0", *flags)
     args, model_args = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(out), *flags])
-    model, tokenizer = grpo_demo.load_model(args, model_args)
-    return grpo_demo.build_evaluation(args, model_args), model, tokenizer
+    evaluation = grpo_demo.build_evaluation(args, model_args)
+    return evaluation, grpo_demo.build_trainer(args, model_args, evaluation.questions)
 
 
 def test_evaluate_is_greedy_and_repeatable(tmp_path):
-    evaluation, model, tokenizer = build(tmp_path / "a", "--per_device_eval_batch_size", "8")
+    evaluation, trainer = build(tmp_path / "a", "--per_device_eval_batch_size", "8")
     state = grpo_demo.torch.get_rng_state()
-    first = evaluation.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    first = evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
     assert grpo_demo.torch.equal(grpo_demo.torch.get_rng_state(), state)
     assert [row["question"] for row in first] == evaluation.questions["question"][:]
     assert [row["gold"] for row in first] == evaluation.questions["answer"][:]
     for row in first:
         assert {name: row[name] for name in SCORES} == score(row["completion"], row["gold"])
-        ids = tokenizer(row["completion"])["input_ids"]
+        ids = trainer.processing_class(row["completion"])["input_ids"]
         assert row["truncated"] is False and row["tokens"] == len(ids) + 1  # and the end of turn
-    one_shot = evaluation.evaluate(model, tokenizer, "before_one_shot", one_shot=True)
+    one_shot = evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
     assert share(one_shot, "strict_format") > share(first, "strict_format")
-    other, _, _ = build(tmp_path / "b", "--per_device_eval_batch_size", "5")
-    again = other.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    again = Evaluation.evaluate(
+        *build(tmp_path / "b", "--per_device_eval_batch_size", "5"), "b", False
+    )
     assert [row["completion"] for row in again] == [row["completion"] for row in first]
 
 
 def test_a_long_answer_is_cut(tmp_path):
-    evaluation, model, tokenizer = build(tmp_path, "--max_completion_length", "4")
-    rows = evaluation.evaluate(model, tokenizer, "cut", one_shot=False)
+    rows = Evaluation.evaluate(*build(tmp_path, "--max_completion_length", "4"), "cut", False)
     assert all(row["truncated"] and row["tokens"] == 4 for row in rows)
 
 
 def test_answers_are_kept_until_the_questions_change(tmp_path):
-    evaluation, model, tokenizer = build(tmp_path)
-    first = evaluation.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    evaluation, trainer = build(tmp_path)
+    first = evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
     (kept,) = (tmp_path / "evaluation").iterdir()
     written = kept.stat().st_mtime_ns
-    resumed, _, _ = build(tmp_path)
-    assert resumed.evaluate(None, None, "before_zero_shot", one_shot=False) == first
+    resumed, _ = build(tmp_path)
+    assert resumed.evaluate(None, "before_zero_shot", one_shot=False) == first
     assert kept.stat().st_mtime_ns == written  # read, not made again
-    changed, _, _ = build(tmp_path, "--eval_samples", "5")
-    rows = changed.evaluate(model, tokenizer, "before_zero_shot", one_shot=False)
+    changed, _ = build(tmp_path, "--eval_samples", "5")
+    rows = changed.evaluate(trainer, "before_zero_shot", one_shot=False)
     assert rows == changed.measured["before_zero_shot"] and len(rows) == 5
     assert kept.stat().st_mtime_ns != written
-    read, _, _ = build(tmp_path, "--eval_samples", "5")
-    assert read.evaluate(None, None, "before_zero_shot", one_shot=False) == rows
+    read, _ = build(tmp_path, "--eval_samples", "5")
+    assert read.evaluate(None, "before_zero_shot", one_shot=False) == rows
 
 
 def report(out, **measured: list[dict]) -> dict:

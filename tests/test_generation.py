@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import LAPTOP
 
 import grpo_demo
 from assets.evaluate import generate
+from assets.keep import UserError
 
 torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
 SMALL_CACHE = json.dumps({"max_memory_percent": 0.05})
@@ -65,7 +67,7 @@ def test_the_evaluation_generates_what_the_trainer_does(tmp_path, eos):
     wanted = complete(trainer, 64)
     ends = [len(ids) - (ids[-1] in stops) for ids in wanted]  # without the stop token
     assert {ids[-1] for ids in wanted} > set(stops)  # each stops some, and some are cut off
-    rows = generate(trainer.model, tokenizer, trainer.train_dataset["prompt"][:], 24, 32, "test")
+    rows = generate(trainer, trainer.train_dataset["prompt"][:], 24, "test")
     assert [row["tokens"] for row in rows] == [len(ids) for ids in wanted]
     assert [row["truncated"] for row in rows] == [ids[-1] not in stops for ids in wanted]
     texts = [tokenizer.decode(ids[:end]) for ids, end in zip(wanted, ends, strict=True)]
@@ -78,3 +80,28 @@ def test_each_backend_generates_the_same(tmp_path):
     assert len(set(map(tuple, one_call))) > 60 and max(map(len, one_call)) > 30
     assert complete(trainer, 16) == one_call
     assert complete(build(tmp_path, *GREEDY, *CONTINUOUS, eos_token_id=END), 64) == one_call
+
+
+def test_continuous_batching_evaluates_the_same_and_starts_at_loss_0(tmp_path):
+    rows, step = [], ("--max_steps", "1", "--save_strategy", "no")
+    for name, flags in {"plain": (), "continuous": CONTINUOUS}.items():
+        trainer = build(tmp_path / name, *flags, *step, eos_token_id=END)
+        rows.append(generate(trainer, trainer.train_dataset["prompt"][:20], 20, "test"))
+    assert rows[0] == rows[1]
+    trainer.train()
+    (loss,) = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert abs(loss) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        (("--bf16", "True"), True),  # float32 weights
+        (("--bf16", "True", "--dtype", "bfloat16"), False),
+        (("--bf16", "True", "--dtype", "bfloat16", "--use_peft"), True),  # a float32 adapter
+        (("--use_peft",), False),
+    ],
+)
+def test_continuous_batching_does_not_cast_what_is_trained(tmp_path, flags, refused):
+    with pytest.raises(UserError, match="cast") if refused else nullcontext():
+        build(tmp_path, *CONTINUOUS, *flags, eos_token_id=END)
