@@ -184,6 +184,12 @@ class DemoConfig(GRPOConfig):
             raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
         super().__post_init__()
 
+    @property
+    def device(self) -> torch.device:
+        """The device; "cpu", not "cpu:0", which torch.load would not know when a run resumes."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
 
 def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     """Return the settings: the constants, overridden by `--config FILE`, overridden by flags.
@@ -302,6 +308,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         super().__init__(args=args, **kwargs)
         if self.use_vllm and self.vllm_mode == "colocate":  # it has set the seed to its own
             set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if "ref" in getattr(self.model, "peft_config", {}):  # transformers loads only "ref" then
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            self.model.set_adapter("default")
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write README.md of the output directory, with every checkpoint and at the end."""

@@ -27,7 +27,6 @@ import wandb
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.utils import get_total_norm
-from transformers import TrainerState
 from transformers.integrations import WandbCallback
 from transformers.trainer_utils import sort_checkpoints
 from trl import GRPOConfig, GRPOTrainer
@@ -42,6 +41,10 @@ DISK_FULL = re.compile("No space left|inline_container|iostream")  # the last tw
 
 class UserError(Exception):
     """An error the user can fix: printed as one line, exit status 2."""
+
+
+class AtTheEnd(Exception):
+    """The checkpoint that was loaded is that of the last step."""
 
 
 @contextmanager
@@ -118,6 +121,8 @@ class Run(WandbCallback):
         self.args, self.config, self.out = args, config, Path(args.output_dir)
         self.path = self.out / "run.json"
         self.record, self.checkpoint = first_process(self.claim)
+        self.signal, self.broken, self.skipped = 0, False, 0
+        self.flat_steps, self.formatted, self.warned = 0, False, set()
 
     def claim(self) -> tuple[dict, str | None]:
         """Return the record of a new or a stopped run, and its newest complete checkpoint."""
@@ -168,8 +173,7 @@ class Run(WandbCallback):
         """Write `run.json`, handle signals, replace transformers' W&B callback by this one."""
         if self.args.process_index == 0:
             write_json(self.path, self.record)
-        self.trainer, self.signal, self.broken = trainer, 0, False
-        self.flat_steps, self.skipped, self.formatted, self.warned = 0, 0, False, set()
+        self.trainer = trainer
         self.logged = self.last_logged_step() if self.args.process_index == 0 else 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -177,16 +181,12 @@ class Run(WandbCallback):
         trainer.add_callback(self)
 
     def train(self) -> None:
-        """Train from the newest checkpoint; if that is the last step, only load it.
-
-        transformers would train one more step if that step is inside an epoch.
-        """
-        if self.checkpoint:
-            state = TrainerState.load_from_json(f"{self.checkpoint}/trainer_state.json")
-            if state.global_step >= state.max_steps:
-                self.trainer._load_from_checkpoint(self.checkpoint)
-                return self.setup(self.args, state, self.trainer.model)
-        self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        """Train from the newest checkpoint; if that is the last step, only load it."""
+        try:
+            self.trainer.train(resume_from_checkpoint=self.checkpoint)
+        except AtTheEnd:
+            self.trainer.is_in_train = False
+            self.setup(self.args, self.trainer.state, self.trainer.model)
 
     def on_signal(self, number, frame):
         if self.signal or not self.trainer.is_in_train:  # the second one, or nothing to save
@@ -223,7 +223,9 @@ class Run(WandbCallback):
             wandb.init(**where, mode="offline")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        pass  # W&B is opened at the first step that is not logged yet
+        """Leave W&B closed until the first step that is not logged yet."""
+        if state.global_step >= state.max_steps:  # transformers would train one more step
+            raise AtTheEnd
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step >= self.logged:

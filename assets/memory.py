@@ -233,18 +233,19 @@ def report(args: GRPOConfig, model_args: ModelConfig) -> None:
 
 def advice(config: PretrainedConfig, args: GRPOConfig, model_args: ModelConfig, card: int) -> str:
     """Return a line for the banner: what a step takes of a card of `card` bytes, what would fit."""
-    own, fits, say_gb = args.per_device_train_batch_size, None, lambda n: f"{n / 1e9:.1f} GB"
+    own, tops, size = args.per_device_train_batch_size, {}, f"{card / 1e9:.1f} GB"
     try:
         check(args, model_args)
         for _, rows, peak in peaks(config, args, model_args, (args.gradient_checkpointing,)):
-            top = max(peak.values())
-            if rows == own:
-                line = f"about {say_gb(top)} of {say_gb(card)}, estimated"
-            elif rows > own and top <= USABLE * card:
-                steps = own * args.gradient_accumulation_steps // rows
-                fits = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {steps}"
-            if rows >= own and top > USABLE * card:
+            tops[rows] = max(peak.values())
+            if rows >= own and tops[rows] > USABLE * card:
                 break
     except Exception as error:  # an estimate must not stop the run
-        return f"of {say_gb(card)}; not estimated: {error}"
-    return f"{line}; {fits} would fit" if fits else line
+        return f"of {size}; not estimated: {error}"
+    line = f"about {tops[own] / 1e9:.1f} GB of {size}, estimated"
+    if tops[own] > card:
+        return f"{line}; too much: --estimate_memory shows what fits"
+    if best := max((n for n, top in tops.items() if n > own and top <= USABLE * card), default=0):
+        steps = own * args.gradient_accumulation_steps // best
+        line += f"; --per_device_train_batch_size {best} --gradient_accumulation_steps {steps} fits"
+    return line

@@ -100,9 +100,10 @@ def test_long_prompts_are_reported_and_kept(tmp_path, capsys):
 
 
 def test_too_few_rows_for_a_step(tmp_path):
-    rows = get_gsm8k_questions("train", folder(tmp_path, GOOD))
+    args, model_args = laptop(tmp_path)
+    args.dataset_name, args.evaluate = folder(tmp_path, GOOD), False
     with pytest.raises(UserError, match="1 training rows do not fill a step of 8 prompts"):
-        grpo_demo.build_trainer(*laptop(tmp_path), rows)
+        grpo_demo.train(args, model_args)
 
 
 @needs_gsm8k

@@ -118,8 +118,8 @@ def test_the_banner_names_the_largest_micro_batch_that_fits(tables):
         line = memory.advice(config, *settings, int(card))
         wanted = f"--per_device_train_batch_size {fits} --gradient_accumulation_steps {8 // fits}"
         assert wanted in line and f"about {tops[1] / 1e9:.1f} GB of {card / 1e9:.1f} GB" in line
-    small = memory.advice(config, *settings, tops[1])
-    assert "about" in small and "would fit" not in small
+    full, small = (memory.advice(config, *settings, tops[1] + n) for n in (0, -1))
+    assert "fits" not in full and "too much: --estimate_memory" in small
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -11,11 +11,15 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from conftest import LAPTOP, ROOT, TWO, Job, command, history, note, run
+from conftest import LAPTOP, ROOT, TWO, Job, command, history, note, run, series, wandb_rows
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
+import grpo_demo
+from assets import keep
 from assets.record import collect
 
 SMALL = (
@@ -25,7 +29,7 @@ SMALL = (
 STEPS = 20
 FLAGS = (*SMALL, "--max_steps", STEPS, "--save_steps", 1)
 BRIEF = (*SMALL, "--evaluate", "False", "--save_strategy", "no")
-KILLS = int(os.environ.get("KILLS", 10))
+KILLS = int(os.environ.get("KILLS", 6))
 
 
 def same(a: Path, b: Path, name: str = "model.safetensors") -> bool:
@@ -151,13 +155,29 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert "stopped at step" not in done.stdout and "stopped;" in done.stderr
 
 
-def test_lora_resumes_bit_for_bit(tmp_path):
-    flags = (*SMALL, "--use_peft", "--learning_rate", "1e-3", "--max_steps", 6, "--save_steps", 2)
-    assert run(*flags, "--output_dir", tmp_path / "whole").returncode == 0
+def test_lora_goes_on_from_an_adapter_and_resumes_bit_for_bit(tmp_path):
+    flags, old = (*SMALL, "--learning_rate", "1e-3", "--save_steps", 2), tmp_path / "old"
+    peft = ("--use_peft", "--lora_dropout", 0)  # with dropout the first KL is not quite 0
+    done = run(*flags, *peft, "--max_steps", 2, "--output_dir", old)
+    assert done.returncode == 0, done.stderr[-2000:]
+    flags = (*flags, "--model_name_or_path", old, "--max_steps", 4)
+    done = run(*flags, "--output_dir", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ends = [old / "evaluation/after_zero_shot.parquet"]
+    ends += [tmp_path / "whole/evaluation/before_zero_shot.parquet"]
+    assert pd.read_parquet(ends[0]).equals(
+        pd.read_parquet(ends[1])
+    )  # it begins where the old ended
+    assert series(wandb_rows(tmp_path / "whole"), "train/kl")[0] == 0  # and is its own reference
+    weights = [load_file(f / "adapter_model.safetensors") for f in (old, tmp_path / "whole")]
+    assert weights[0].keys() == weights[1].keys()
+    assert not any(torch.equal(*pair) for pair in zip(*(w.values() for w in weights), strict=True))
     job = Job(*flags, "--output_dir", tmp_path / "run")
     wait_for(tmp_path / "run", "checkpoint-2/trainer_state.json", job)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
+    done = run(*flags, "--use_peft", "--output_dir", tmp_path / "run")
+    assert done.returncode == 2 and "use_peft False -> True" in done.stderr
     done = run(*flags, "--output_dir", tmp_path / "run")
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
     assert same(tmp_path / "whole", tmp_path / "run", "adapter_model.safetensors")
@@ -329,6 +349,20 @@ def test_what_is_not_finite_stops_the_run_unsaved(tmp_path, rate):
     assert [f.name for f in out.glob("checkpoint-*")] == ["checkpoint-1"]  # learning rate 0
     kept = load_file(out / "checkpoint-1" / "model.safetensors")
     assert all(value.isfinite().all() for value in kept.values())
+
+
+def test_steps_that_fp16_skips_do_not_end_the_run_at_once(tmp_path):
+    """GradScaler skips a step that overflows and lowers its scale; 20 in a row are many."""
+    args, _ = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path / "run")])
+    logs = {"reward": 1.0, "loss": 0.1, "frac_reward_zero_std": 0, "completions/clipped_ratio": 0}
+    for args.fp16, patience in ((True, 20), (False, 0)):
+        kept, state, control = keep.Run(args, {}), TrainerState(), TrainerControl()
+        for overflow in [True] * 3 * args.fp16 + [False] + [True] * patience:
+            norm = {"grad_norm": float("inf") if overflow else 0.5}
+            kept.on_log(args, state, control, logs=logs | norm)
+            assert not control.should_training_stop
+        kept.on_log(args, state, control, logs=logs | {"grad_norm": float("nan")})
+        assert control.should_training_stop
 
 
 def test_a_process_that_dies_takes_the_run_down_and_it_resumes(tmp_path):

