@@ -51,9 +51,9 @@ from transformers.utils import find_adapter_config_file, is_flash_attn_2_availab
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 import rewards
-from assets import keep, memory
+from assets import check, keep, memory
+from assets.errors import UserError, one_line_errors, say
 from assets.evaluate import Evaluation, write_card
-from assets.keep import UserError, one_line_errors, say
 
 # Model and data
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
@@ -140,14 +140,6 @@ XML_COT_FORMAT = """\
 """
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
-REFUSED = {
-    "trust_remote_code": "the script runs no code from a model's repository",
-    "resume_from_checkpoint": "run the same command again, it resumes",
-    "push_to_hub": "it would upload W&B files and completions. After training: hf upload YOU/NAME "
-    "OUTPUT_DIR . --exclude 'wandb/*' --exclude 'completions/*' --exclude 'checkpoint-*/*' "
-    "--exclude run.json",
-    "hub_token": "it would be logged. Set the environment variable HF_TOKEN",
-}
 
 
 @dataclass
@@ -165,24 +157,12 @@ class DemoConfig(GRPOConfig):
     overwrite_output: bool = field(default=False, metadata={"help": "Move an old run aside."})
 
     def __post_init__(self):
-        """Check the GPU before TRL does, with a clearer message."""
+        """Refuse what TRL and transformers would refuse less clearly, too late, or not at all."""
         self.use_cpu = self.use_cpu or self.estimate_memory
-        if not self.use_cpu and not torch.cuda.is_available():
-            laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
-            raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
-        gpus = 0 if self.use_cpu else torch.cuda.device_count()
-        if gpus > 1 and "LOCAL_RANK" not in os.environ:
-            n = 1 << gpus.bit_length() - 1  # the largest power of two: divides 64
-            run = f"--num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
-            one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
-            raise UserError(
-                f"{gpus} GPUs, 1 process. Use {n}: accelerate launch {run}; or 1: {one}"
-            )
-        if gpus and self.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            flags = "--bf16 False --fp16 True --dtype float32"
-            flags += ", and --use_peft if the memory is too small (--estimate_memory tells)"
-            raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
+        check.values(self)
+        check.gpu(self)
         super().__post_init__()
+        check.tools(self)
 
     @property
     def device(self) -> torch.device:
@@ -191,29 +171,37 @@ class DemoConfig(GRPOConfig):
         return torch.device("cpu") if device.type == "cpu" else device
 
 
+class Parser(TrlParser):
+    """TRL's parser, with one-line errors; a misspelt flag is named before a missing GPU."""
+
+    def error(self, message: str):  # argparse's would print all 200 flags first
+        raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, unknown = super().parse_known_args(args, namespace)
+        return self.error(f"unknown flag {unknown[0]}") if unknown else (known, unknown)
+
+    def set_defaults_with_config(self, **settings):
+        unknown = super().set_defaults_with_config(**settings)
+        return self.error(f"unknown key {unknown[0][2:]} in the YAML file") if unknown else []
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     """Return the settings: the constants, overridden by `--config FILE`, overridden by flags.
 
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
-
-    def error(message: str) -> None:  # argparse would print all 200 flags first
-        raise UserError(message)
-
     argv = sys.argv[1:] if argv is None else argv
     argv = [part for a in argv for part in (a.split("=", 1) if a[:9] == "--config=" else [a])]
     if argv[-1:] == ["--config"]:
         raise UserError("--config needs the name of a YAML file")
     usage = __doc__.replace("%", "%%")
-    parser = TrlParser([DemoConfig, ModelConfig], allow_abbrev=False, description=usage)
-    parser.error = error
+    parser = Parser([DemoConfig, ModelConfig], allow_abbrev=False, description=usage)
     constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
-    parser.set_defaults_with_config(**constants)  # those that are no flag are passed over
+    TrlParser.set_defaults_with_config(parser, **constants)  # passes over those that are no flag
     with one_line_errors("settings"):
         args, model_args = parser.parse_args_and_config(argv)
-    for flag, instead in REFUSED.items():
-        if getattr(args, flag):
-            raise UserError(f"--{flag} is not supported: {instead}")
+    check.values(model_args)
     return args, model_args
 
 
@@ -231,11 +219,13 @@ def read_row(row: str | dict) -> dict[str, str]:
     """Return question and gold answer of a JSON line or row; ValueError says what is missing."""
     try:
         row = json.loads(row) if isinstance(row, str) else row
-    except ValueError:
-        raise ValueError("no JSON") from None
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON, or deeply nested") from None
     columns = ("question", "answer")
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in columns):
         raise ValueError("no text in 'question' and 'answer'")
+    if any("\ud800" <= character <= "\udfff" for name in columns for character in row[name]):
+        raise ValueError("half a character")  # a lone surrogate, which is no Unicode text
     gold = rewards.extract_hash_answer(row["answer"])
     if gold is None or rewards.as_number(gold) is None:
         raise ValueError("no number after '####'")
@@ -252,12 +242,13 @@ def get_gsm8k_questions(
 
     Bad rows are left out and counted in one warning. UserError if nothing is left or found.
     """
-    where = f"{dataset_name!r} (a hub id, or a folder with {split}.jsonl)"
+    where = f"{dataset_name!r} (a hub id, or a folder with {split}.jsonl; in {os.getcwd()})"
     where += " (--evaluate False needs none)" if split == "test" else ""
+    parent = os.path.dirname(dataset_name)  # of openai/gsm8k: openai
     with one_line_errors(f"no split {split!r} in dataset {where}"):
-        if os.path.isdir(dataset_name):
+        if os.path.isdir(dataset_name) or "/" in parent or os.path.isdir(parent):
             path = Path(dataset_name, f"{split}.jsonl")
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
             raw = [line for line in lines if line.strip()]
         else:
             raw = load_dataset(dataset_name, dataset_config, split=split)
@@ -284,7 +275,7 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     name, revision = model_args.model_name_or_path, model_args.model_revision
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
-    with one_line_errors(f"cannot load model {name!r} (a hub id, or a local directory)"):
+    with one_line_errors(f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"):
         adapter = find_adapter_config_file(name, revision=revision)
         auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
         model = auto.from_pretrained(
@@ -345,6 +336,12 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
         if long := sum(n > args.max_prompt_length for n in lengths):
             over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
             say(f"warning: {over} (up to {max(lengths)}); they are kept whole", error=True)
+        special = [any(t in q for t in tokenizer.all_special_tokens) for q in rows["question"]]
+        if any(special):
+            say(f"warning: {sum(special)} questions have tokens that end a turn", error=True)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions and (longest := max(lengths) + args.max_completion_length) > positions:
+            raise ValueError(f"prompt and completion of {longest} tokens, {positions} positions")
         trainer = GRPOTrainer(
             model=model,
             args=args,
@@ -399,6 +396,11 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     say(f"kept in {args.output_dir}")
 
 
+def fingerprint(value: object) -> str:
+    """Return 12 hex digits that change with the value."""
+    return sha256(repr(value).encode()).hexdigest()[:12]
+
+
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
     rows = get_gsm8k_questions("train", args.dataset_name, args.dataset_config, args.one_shot)
@@ -406,9 +408,10 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
         raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
     config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": SYSTEM_PROMPT}
-    config["data"] = sha256(repr(rows.to_dict()).encode()).hexdigest()[:12]
-    config["rewards.py"] = sha256(Path(rewards.__file__).read_bytes()).hexdigest()[:12]
-    config["world_size"] = args.world_size
+    config |= {"data": fingerprint(rows.to_dict()), "world_size": args.world_size}
+    config["rewards.py"] = fingerprint(Path(rewards.__file__).read_bytes())
+    files = [f for f in Path(model_args.model_name_or_path).glob("*.[sj]*") if f.suffix != ".jsonl"]
+    config["model"] = fingerprint(sorted((f.name, *f.stat()[6::2]) for f in files))
     with keep.run(args, config) as kept:
         trainer = build_trainer(args, model_args, rows)
         kept.watch(trainer)
@@ -438,8 +441,14 @@ def main(argv: list[str] | None = None) -> None:
         args, model_args = parse_args(argv)
         task = memory.report if args.estimate_memory else eval_only if args.eval_only else train
         task(args, model_args)
-    except UserError as error:
-        say("error: " + " ".join(str(error).split()), error=True)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get("TRACEBACK") or keep.Run.begun:  # training has begun
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = "" if isinstance(error, UserError) else "; TRACEBACK=1 shows where"
+        say(f"error: {text}{known}", error=True)
         raise SystemExit(2) from None
 
 

@@ -22,7 +22,7 @@ from huggingface_hub import ModelCardData
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from assets.keep import first_process, say, write_json
+from assets.errors import first_process, say, write_json
 from rewards import score
 
 GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
@@ -94,12 +94,18 @@ class Evaluation:
         """
         path = self.out / "evaluation" / f"{name}.parquet"
 
-        def kept() -> list[dict]:
-            return pd.read_parquet(path).to_dict("records") if path.exists() else []
-
-        rows = first_process(kept)
         asked = list(zip(self.questions["question"], self.questions["answer"], strict=True))
-        if [(row["question"], row["gold"]) for row in rows] != asked:
+
+        def kept() -> list[dict]:
+            try:
+                rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
+                summarize(rows or [score("", "") | {"truncated": True, "tokens": 0}])
+                return rows if [(row["question"], row["gold"]) for row in rows] == asked else []
+            except Exception as error:  # whatever a library makes of a damaged file
+                say(f"warning: {path} is damaged, measured again: {error}", error=True)
+                return []
+
+        if not (rows := first_process(kept)):
             prompts = [self.make_prompt(question, one_shot) for question, _ in asked]
             size = trainer.args.per_device_eval_batch_size
             made = generate(trainer, prompts, size, f"evaluate {name}")

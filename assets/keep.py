@@ -6,7 +6,6 @@
         kept.train()                          # from the newest checkpoint
 
 SIGTERM and Ctrl-C save a checkpoint and exit with status 128 + signal; the same command resumes.
-Also here: how the project reports an error. Imports nothing of the project.
 """
 
 import json
@@ -17,30 +16,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import wandb
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch.nn.utils import get_total_norm
 from transformers.integrations import WandbCallback
-from transformers.trainer_utils import sort_checkpoints
 from trl import GRPOConfig, GRPOTrainer
-from wandb.sdk.lib.runid import generate_id
 
-# Settings that do not change what is computed: they may differ when a run is resumed
-FREE_SETTINGS = """evaluate eval_samples eval_only per_device_eval_batch_size eval_batch_size
-    local_rank overwrite_output output_dir report_to project run_name logging_steps log_completions
-    num_completions_to_print save_steps save_strategy save_total_limit disable_tqdm"""
-DISK_FULL = re.compile("No space left|inline_container|iostream")  # the last two are torch.save's
+from assets.claim import claim, release
+from assets.errors import first_process, say, write_json
 
-
-class UserError(Exception):
-    """An error the user can fix: printed as one line, exit status 2."""
+DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
 
 
 class AtTheEnd(Exception):
@@ -48,64 +37,30 @@ class AtTheEnd(Exception):
 
 
 @contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
-    """Turn any exception of a library into a UserError that begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what}: {error}") from error
-
-
-def say(message: str = "", error: bool = False) -> None:
-    """Print a line, on the first process only; an error, on the first process of each machine."""
-    if os.environ.get("LOCAL_RANK" if error else "RANK", "0") == "0":
-        print(message, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON with an atomic rename: never a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(value, indent=1) + "\n")
-    path.with_suffix(".part").rename(path)
-
-
-def first_process(decide: Callable[[], Any]) -> Any:
-    """Call `decide` on the first process; return its result, or raise its error, on all."""
-    result = [None, None]
-    if PartialState().is_main_process:
-        try:
-            result[0] = decide()
-        except (UserError, SystemExit) as error:
-            result[1] = error
-    result, error = broadcast_object_list(result)
-    if error:
-        raise error
-    return result
-
-
-@contextmanager
 def run(args: GRPOConfig, config: dict) -> Iterator["Run"]:
     """Claim `args.output_dir` and yield its `Run`; at the end mark it as finished and close W&B.
 
-    config  all settings of the run: for W&B, and for `run.json`, which is compared on resume.
+    config  all settings of the run, for W&B and for `run.json`, which is compared on resume
 
-    Exits with status 0 if the run is finished, 1 if the disk is full. UserError if the directory
-    holds a run with other settings, or other files.
+    Exits with status 0 if the run is finished, 1 if the disk is full. UserError as in `claim`.
     """
     kept = Run(args, config)
     try:
         yield kept
-    except Exception as error:  # safetensors has a kind of its own
-        if not DISK_FULL.search(str(error)):
+        if args.process_index == 0:
+            write_json(kept.path, kept.record | {"finished": True})
+    except Exception as error:  # safetensors and torch have kinds of their own
+        if args.process_index == 0 and not kept.path.exists():
+            release(kept.out)
             raise
-        free = f"{shutil.disk_usage(kept.out).free / 1e6:,.0f} MB are free in {kept.out}"
+        free = shutil.disk_usage(kept.out).free / 1e6
+        if free > 1 and not DISK_FULL.search(str(error)):
+            raise
         again = "make room, then run the same command: it resumes from the last checkpoint"
-        say(f"error: disk full: {free}; {again}", error=True)
+        say(f"error: disk full: {free:,.0f} MB are free in {kept.out}; {again}", error=True)
         raise SystemExit(1) from error
-    if args.process_index == 0:
-        write_json(kept.path, kept.record | {"finished": True})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # nothing is left to resume
     kept.close()
 
 
@@ -116,58 +71,15 @@ class Run(WandbCallback):
     those in the W&B files are not logged again.
     """
 
+    begun = False  # from the first step on, an error is no longer one of the settings
+
     def __init__(self, args: GRPOConfig, config: dict):
         super().__init__()
         self.args, self.config, self.out = args, config, Path(args.output_dir)
         self.path = self.out / "run.json"
-        self.record, self.checkpoint = first_process(self.claim)
+        self.record, self.checkpoint = first_process(lambda: claim(args, config))
         self.signal, self.broken, self.skipped = 0, False, 0
         self.flat_steps, self.formatted, self.warned = 0, False, set()
-
-    def claim(self) -> tuple[dict, str | None]:
-        """Return the record of a new or a stopped run, and its newest complete checkpoint."""
-        if self.args.overwrite_output and self.out.exists():
-            aside = self.out.with_name(f"{self.out.name}.{datetime.now():%Y%m%d-%H%M%S}")
-            say(f"moved the old {self.out} to {self.out.rename(aside)}")
-        settings = {k: str(v) for k, v in self.config.items() if k not in FREE_SETTINGS.split()}
-        record = {"settings": settings, "wandb_id": generate_id(), "finished": False}
-        if self.path.exists():
-            return self.resume(settings, json.loads(self.path.read_text()))
-        if any(self.is_foreign(f) for f in self.out.rglob("*")):
-            self.refuse("holds other files")
-        return record, None
-
-    def is_foreign(self, path: Path) -> bool:
-        """Return whether a file is not from `--eval_only`, and no `run.json` cut off by a kill."""
-        name = path.relative_to(self.out).parts[0]
-        return path.is_file() and not name.startswith("eval-") and name != "run.part"
-
-    def refuse(self, why: str) -> None:
-        other = "choose another --output_dir, or --overwrite_output to move it aside"
-        raise UserError(f"{self.out} {why}: {other}")
-
-    def resume(self, new: dict, record: dict) -> tuple[dict, str | None]:
-        """Return the record of a stopped run and its newest complete checkpoint."""
-        old = record["settings"]
-        if changed := [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]:
-            self.refuse(f"is a run with other settings ({'; '.join(changed)})")
-        if record["finished"]:
-            say(f"{self.out} is finished, nothing to do; --overwrite_output starts again")
-            raise SystemExit(0)
-        for folder in reversed(sort_checkpoints(str(self.out))):
-            if self.is_complete(Path(folder)):
-                say(f"resuming from {folder}")
-                return record, folder
-            say(f"warning: {folder} is incomplete: using the one before", error=True)
-        return record, None
-
-    def is_complete(self, folder: Path) -> bool:
-        """Return whether a checkpoint has its last file, and random states of every process."""
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            return False
-        return len(list(folder.glob("rng_state*.pth"))) == self.args.world_size
 
     def watch(self, trainer: GRPOTrainer) -> None:
         """Write `run.json`, handle signals, replace transformers' W&B callback by this one."""
@@ -230,6 +142,7 @@ class Run(WandbCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step >= self.logged:
             self.setup(args, state, model)
+        Run.begun = True
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -292,6 +205,7 @@ class Run(WandbCallback):
             say(f"\nlook at the run:    wandb leet {folder}")
             waiting = {*folder.parent.glob("offline-run-*"), *([] if uploaded else [folder])}
             if waiting:
-                say(f"upload the run:     wandb sync {' '.join(sorted(map(str, waiting)))}")
+                where = " ".join(sorted(map(str, waiting)))
+                say(f"upload the run:     wandb sync --include-online {where}")
         if last:
             say(last)

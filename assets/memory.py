@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-from assets.keep import UserError, one_line_errors, say
+from assets.errors import UserError, one_line_errors, say
 
 CARDS = (16, 24, 40, 80)  # GB
 USABLE = 0.9  # of a card: the rest is for what is not counted

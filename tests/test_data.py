@@ -24,6 +24,22 @@ def test_a_local_folder(tmp_path):
     assert rows[0]["answer"] == "4" and rows[0]["prompt"] == grpo_demo.make_prompt("How many?")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "train.jsonl").write_text(GOOD, encoding="utf-8-sig")
+    assert len(get_gsm8k_questions("train", str(tmp_path))) == 1
+
+
+def test_a_question_that_ends_its_own_turn_is_kept_and_reported(tmp_path, capsys):
+    """The tokenizer reads <|im_end|> in a question as the token: the turn ends there."""
+    bad = json.dumps({"question": "How<|im_end|> many?", "answer": "#### 4"})
+    rows = get_gsm8k_questions("train", folder(tmp_path, *[GOOD] * 7, bad))
+    trainer = grpo_demo.build_trainer(*laptop(tmp_path, "--report_to", "none"), rows)
+    assert "warning: 1 questions have tokens that end a turn" in capsys.readouterr().err
+    ids, _, _ = trainer._tokenize_prompts(rows["prompt"][:])
+    ends = [prompt.count(trainer.processing_class.eos_token_id) for prompt in ids]
+    assert ends == [2] * 7 + [3]
+
+
 def test_one_shot(tmp_path):
     rows = get_gsm8k_questions("train", folder(tmp_path, GOOD), one_shot=True)
     assert len(rows[0]["prompt"]) == 4
@@ -38,11 +54,14 @@ def test_bad_rows_are_counted_in_one_line(tmp_path, capsys):
         '{"question": null, "answer": "#### 1"}',
         '["a"]',
         '{"quest',
+        json.dumps({"question": "half a \ud83d", "answer": "#### 1"}),
+        '{"question": ' + "[" * 100_000,
     ]
     assert len(get_gsm8k_questions("train", folder(tmp_path, GOOD, *bad))) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "7 of 8 train rows left out" in line
-    for part in ("2 with no number after '####'", "4 with no text in", "1 with no JSON"):
+    assert "9 of 10 train rows left out" in line
+    parts = ("2 with no number after '####'", "4 with no text in", "2 with no JSON", "1 with half")
+    for part in parts:
         assert part in line
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import LAPTOP
 
 import grpo_demo
+from assets.errors import UserError
 from assets.evaluate import generate
-from assets.keep import UserError
 
 torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
 SMALL_CACHE = json.dumps({"max_memory_percent": 0.05})

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import TrainerControl, TrainerState
 
 import grpo_demo
 from assets import keep
+from assets.claim import is_complete
 from assets.record import collect
 
 SMALL = (
@@ -136,7 +138,7 @@ def test_signals_save_first(whole, tmp_path, number, status):
     assert done.returncode == 0 and f"resuming from {out}/checkpoint-{step}" in done.stdout
     assert same(whole, out) and steps_in_wandb(out) == list(range(1, STEPS + 1))
     (sync,) = [line for line in done.stdout.splitlines() if line.startswith("upload the run:")]
-    assert len(sync.split("wandb sync ")[1].split()) == 2
+    assert len(sync.split("--include-online ")[1].split()) == 2
     metrics, _, started = collect(out)  # the record of such a run has one clock
     clock = [m["runtime"] for m in metrics]
     assert started["resumed"] == 1 and len(clock) == STEPS and clock == sorted(clock)
@@ -186,35 +188,109 @@ def test_lora_goes_on_from_an_adapter_and_resumes_bit_for_bit(tmp_path):
 
 def test_what_an_output_directory_may_hold(whole, tmp_path):
     # W&B's service writes its last line to debug-core.log after the run has ended
-    names = [f for f in whole.rglob("*") if f.name != "debug-core.log"]
+    # and the lock is for the life of a process
+    mine = ("debug-core.log", ".lock", ".owner")
+    names = [f for f in whole.rglob("*") if f.name not in mine]
     files = {f: f.stat().st_mtime_ns for f in names}
     done = run(*FLAGS, "--output_dir", whole)
     assert done.returncode == 0 and "is finished, nothing to do" in done.stdout
     done = run(*FLAGS, "--output_dir", whole, "--beta", "0.1", "--seed", "3")
     assert done.returncode == 2 and "beta 0.04 -> 0.1" in done.stderr and "42 -> 3" in done.stderr
     assert files == {f: f.stat().st_mtime_ns for f in names}  # not touched
-    assert len(names) + 1 == len(list(whole.rglob("*")))  # and nothing added
+    assert len(names) + 1 == len([f for f in whole.rglob("*") if f.name not in mine[1:]])
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("dear diary")
     done = run(*FLAGS, "--output_dir", mine)
     assert done.returncode == 2 and "holds other files" in done.stderr
-    done = run(*BRIEF, "--max_steps", 1, "--output_dir", mine, "--overwrite_output")
+    assert [f.name for f in mine.iterdir()] == ["notes.txt"]
+    again = (*BRIEF, "--max_steps", 1, "--output_dir", mine, "--overwrite_output")
+    done = run(*again)
     (aside,) = tmp_path.glob("mine.*")
     assert done.returncode == 0 and (aside / "notes.txt").read_text() == "dear diary"
+    unfinish(mine)  # the same command after a kill does not move its own run aside
+    done = run(*again)
+    assert done.returncode == 0 and len(list(tmp_path.glob("mine.*"))) == 1
+    done = run(*again)  # but a finished one
+    assert done.returncode == 0 and len(list(tmp_path.glob("mine.*"))) == 2
 
 
-def test_an_incomplete_checkpoint_is_passed_over(whole, tmp_path):
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut], ids=["missing", "cut"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_seen(whole, tmp_path, name, damage):
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(whole / f"checkpoint-{STEPS}", folder)
+    assert is_complete(folder, 1) and not is_complete(folder, 2)
+    damage(folder / name)
+    assert not is_complete(folder, 1)
+
+
+def test_damage_is_passed_over(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out, symlinks=True)
     (out / "model.safetensors").unlink()
     unfinish(out)
-    state = out / f"checkpoint-{STEPS}" / "trainer_state.json"
-    state.write_text(state.read_text()[:100])
+    for name in ("checkpoint-foo", "checkpoint-999"):
+        (out / name).mkdir()
+    (out / f"checkpoint-{STEPS}/optimizer.pt").unlink()
+    cut(out / "evaluation/before_zero_shot.parquet")
+    (out / "evaluation/before_one_shot.parquet").write_bytes(b"")
     done = run(*FLAGS, "--output_dir", out)
-    assert done.returncode == 0 and f"checkpoint-{STEPS} is incomplete" in done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "checkpoint-999 is incomplete" in done.stderr
+    assert f"checkpoint-{STEPS} is incomplete" in done.stderr
+    assert done.stderr.count("is damaged, measured again") == 2
     assert f"resuming from {out}/checkpoint-{STEPS - 1}" in done.stdout and same(whole, out)
-    note("a half-written checkpoint", 1, 1, 0)
+    note("damage: five files of a checkpoint, missing or cut; evaluations; odd folders", 14, 14, 0)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 3}', "\xff"])
+def test_a_damaged_record_is_one_line(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    done = run(*BRIEF, "--output_dir", tmp_path)
+    assert done.returncode == 2 and "has a damaged run.json" in done.stderr
+
+
+def test_one_run_at_a_time(tmp_path):
+    flags = (*BRIEF, "--max_steps", 40, "--output_dir", tmp_path / "run")
+    first = Job(*flags)
+    wait_for(tmp_path, "run/run.json", first)
+    for more in ((), ("--seed", 3), ("--overwrite_output",)):
+        done = run(*flags, *more)
+        assert done.returncode == 2 and f"in use by process {first.pid} on " in done.stderr
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    second = Job(*flags)
+    wait_for(tmp_path, "run/wandb/*run-*/*.wandb", second)  # free after a kill
+    os.kill(second.pid, signal.SIGKILL)
+    note("a second process with the same output directory", 3, 3, 0)
+
+
+def test_a_run_resumes_with_other_memory_settings_but_not_another_model(whole, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree("assets/tiny", model)
+    flags = (*FLAGS, "--model_name_or_path", model, "--output_dir", out)
+    job = Job(*flags)
+    wait_for(out, "checkpoint-3/trainer_state.json", job)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    os.utime(model / "model.safetensors", (1, 1))
+    done = run(*flags)
+    assert done.returncode == 2 and "(model " in done.stderr
+    shutil.copystat("assets/tiny/model.safetensors", model / "model.safetensors")
+    smaller = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 4)
+    done = run(*flags, *smaller, "--gradient_checkpointing", "True", "--dataloader_num_workers", 1)
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
+    left, right = (load_file(f / "model.safetensors") for f in (whole, out))
+    assert all(torch.allclose(left[name], right[name], atol=1e-4) for name in left)
+    assert steps_in_wandb(out) == list(range(1, STEPS + 1))
 
 
 def test_two_checkpoints_are_kept(whole):
@@ -243,7 +319,7 @@ def test_a_full_disk(whole, tmp_path):
         assert done.returncode == 0 and "resuming from" in done.stdout and same(whole, disk / "run")
         note("a full disk while saving", 1, 1, 0)
     finally:
-        subprocess.run(["umount", str(disk)], capture_output=True)
+        subprocess.run(["umount", "--lazy", str(disk)], capture_output=True)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -270,6 +346,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             "sweepName": "",
             "project": project,
         }
+        if b"upsertBucket" in body:
+            bucket["name"] = json.loads(body)["variables"]["name"]
         data = {"viewer": user, "serverInfo": {"features": []}, "model": {"bucket": None}}
         data |= {"upsertBucket": {"bucket": bucket | {"historyLineCount": 0}, "inserted": True}}
         self.server.begun = self.server.begun or b"upsertBucket" in body
@@ -353,9 +431,10 @@ def test_what_is_not_finite_stops_the_run_unsaved(tmp_path, rate):
 
 def test_steps_that_fp16_skips_do_not_end_the_run_at_once(tmp_path):
     """GradScaler skips a step that overflows and lowers its scale; 20 in a row are many."""
-    args, _ = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path / "run")])
+    args, _ = grpo_demo.parse_args([*LAPTOP])
     logs = {"reward": 1.0, "loss": 0.1, "frac_reward_zero_std": 0, "completions/clipped_ratio": 0}
     for args.fp16, patience in ((True, 20), (False, 0)):
+        args.output_dir = str(tmp_path / str(args.fp16))
         kept, state, control = keep.Run(args, {}), TrainerState(), TrainerControl()
         for overflow in [True] * 3 * args.fp16 + [False] + [True] * patience:
             norm = {"grad_norm": float("inf") if overflow else 0.5}
@@ -394,6 +473,10 @@ def test_a_wandb_server_that_fails(servers, mode):
     server.shutdown() if mode != "refuse" else None
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     assert mode == "refuse" or server.seen > 0
-    assert "upload the run:     wandb sync" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("upload the run:")]
+    printed = [sys.executable, "-m", *line.split(":", 1)[1].split(), "--dry-run"]
+    listed = subprocess.run(printed, capture_output=True, text=True)
+    assert listed.returncode == 0 and "Skipped" not in listed.stdout + listed.stderr
+    assert "Would sync 1 run" in listed.stdout + listed.stderr
     assert steps_in_wandb(out) == [1, 2, 3, 4]
     note(SERVERS[mode], 1, 1, 0)

@@ -31,6 +31,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 
 import grpo_demo
+from assets import check
 from assets.record import collect, time_split
 from rewards import REWARD_FUNCS
 
@@ -126,7 +127,7 @@ def test_the_model_card(laptop):
 
 def test_the_advised_upload_has_the_model_and_no_logs(laptop):
     out = laptop[0]
-    advice = shlex.split(grpo_demo.REFUSED["push_to_hub"])
+    advice = shlex.split(check.REFUSED["push_to_hub"])
     excluded = [after for flag, after in pairwise(advice) if flag == "--exclude"]
     paths = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
     sent = set(filter_repo_objects(paths, ignore_patterns=excluded))
@@ -154,7 +155,7 @@ def test_what_is_printed(laptop):
     out, stdout, *_ = laptop
     for text in ("674,432", "torch.float32", "sdpa", "480 prompts", "64 completions"):
         assert text in stdout, text
-    assert f"wandb leet {out}" in stdout and f"wandb sync {out}" in stdout
+    assert f"wandb leet {out}" in stdout and f"wandb sync --include-online {out}" in stdout
 
 
 def test_the_printed_line_talks_to_the_model(laptop):

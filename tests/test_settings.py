@@ -12,6 +12,7 @@ from conftest import LAPTOP, ROOT, command
 from trl import GRPOConfig
 
 import grpo_demo
+from assets import keep
 from grpo_demo import DemoConfig, UserError, parse_args
 
 GIST = {  # the gist's settings, in TRL 1.16's names
@@ -103,7 +104,7 @@ def test_prompts_are_the_gists():
 
 
 def test_every_constant_is_a_flag(defaults):
-    constants = {name.lower() for name in vars(grpo_demo) if name.isupper()} - {"refused"}
+    constants = {name.lower() for name in vars(grpo_demo) if name.isupper()}
     known = set(vars(defaults[0])) | set(vars(defaults[1]))
     texts = {"system_prompt", "xml_cot_format", "one_shot_question", "one_shot_reasoning"}
     assert constants - known == texts
@@ -190,23 +191,154 @@ def check_one_line_and_no_file(errors: str, named: str, out: Path) -> None:
     assert not any(path.is_file() for path in out.rglob("*"))
 
 
+WRONG = """
+    --no_such_flag 1
+    --learning 1
+    --beta much
+    --beta nan
+    --beta -1
+    --beta inf
+    --learning_rate nan
+    --learning_rate inf
+    --learning_rate -1e-5
+    --learning_rate
+    --adam_beta1 1.5
+    --adam_beta2 2
+    --adam_epsilon 0
+    --weight_decay -1
+    --max_grad_norm -1
+    --max_grad_norm nan
+    --warmup_steps -1
+    --num_train_epochs 0
+    --num_train_epochs -1
+    --num_train_epochs nan
+    --max_steps 0
+    --max_steps -2
+    --max_steps 1.5
+    --num_generations 0
+    --num_generations -8
+    --num_generations 1
+    --num_generations 7
+    --num_iterations 0
+    --per_device_train_batch_size 0
+    --per_device_train_batch_size -1
+    --per_device_train_batch_size 4
+    --gradient_accumulation_steps 0
+    --generation_batch_size 7
+    --steps_per_generation 0
+    --per_device_eval_batch_size 0
+    --per_device_eval_batch_size -4
+    --eval_samples -5
+    --max_completion_length 0
+    --max_completion_length -1
+    --max_completion_length 5000
+    --max_prompt_length 0
+    --temperature 0
+    --temperature -1
+    --temperature nan
+    --top_p 0
+    --top_p 1.5
+    --top_k -1
+    --min_p 2
+    --repetition_penalty 0
+    --generation_kwargs {"temperature":0}
+    --generation_kwargs {"temprature":1}
+    --generation_kwargs [
+    --cache_implementation foo
+    --epsilon -1
+    --loss_type foo
+    --scale_rewards foo
+    --importance_sampling_level foo
+    --reward_weights 1 1
+    --reward_weights a
+    --optim foo
+    --optim adamw_bnb_8bit
+    --optim galore_adamw
+    --lr_scheduler_type foo
+    --lr_scheduler_type cosine_with_min_lr
+    --report_to nobody
+    --report_to tensorboard
+    --logging_strategy no
+    --logging_steps 0
+    --logging_steps -1
+    --save_strategy foo
+    --save_steps 0
+    --save_steps -1
+    --save_total_limit 0
+    --save_only_model
+    --num_completions_to_print -1
+    --seed -1
+    --project a/b
+    --dtype foo
+    --attn_implementation foo
+    --attn_implementation flash_attention_2
+    --load_in_4bit --load_in_8bit
+    --load_in_4bit
+    --use_peft --lora_r 0
+    --use_peft --lora_alpha -1
+    --use_peft --lora_dropout 2
+    --use_peft --lora_target_modules nothing
+    --use_vllm
+    --vllm_mode foo
+    --fp16 True --bf16 True
+    --trust_remote_code
+    --resume_from_checkpoint x
+    --push_to_hub
+    --hub_token x
+    --auto_find_batch_size
+    --model_name_or_path nobody/nothing
+    --model_name_or_path /no/where
+    --model_name_or_path assets/runs
+    --model_revision nowhere --model_name_or_path nobody/nothing
+    --dataset_name nobody/nothing
+    --dataset_name /no/where
+    --dataset_name assets/nowhere
+    --dataset_name README.md
+    --config nowhere.yaml
+    --config README.md
+    --output_dir README.md
+    --output_dir README.md/under
+    --output_dir /dev/null/under
+    --output_dir /proc/nothing
+    --output_dir . --overwrite_output
+    --output_dir assets
+    --output_dir assets/tiny/model.safetensors
+""".strip().splitlines()
+
+
 @pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--no_such_flag 1", "--no_such_flag"),
-        ("--model_name_or_path nobody/nothing", "nobody/nothing"),
-        ("--dataset_name nobody/nothing", "nobody/nothing"),
-        ("--reward_weights 1 1", "reward weights"),
-        ("--use_vllm", "vLLM"),
-    ],
-    ids=["flag", "model", "dataset", "weights", "vllm"],
+    "flags", [*WRONG, f"--output_dir {'x' * 300}"], ids=lambda f: f.strip()[:60]
 )
-def test_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, named):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_wrong_input_is_one_line_with_its_name_and_status_2(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setattr(keep.Run, "begun", False)
+    tracked = subprocess.check_output(["git", "status", "--short"], cwd=ROOT)
+    out = tmp_path / "out"
     with pytest.raises(SystemExit) as stopped:
-        grpo_demo.main([*LAPTOP, "--output_dir", str(tmp_path / "out"), *flags.split()])
-    assert stopped.value.code == 2
-    check_one_line_and_no_file(capsys.readouterr().err, named, tmp_path / "out")
+        grpo_demo.main([*LAPTOP, "--output_dir", str(out), *flags.split()])
+    errors = capsys.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and "Traceback" not in errors and "shows where" not in line
+    assert len(line) < 900 and not any(path.is_file() for path in out.rglob("*"))
+    assert tracked == subprocess.check_output(["git", "status", "--short"], cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "env", [{"WANDB_MODE": "foo"}, {"WANDB_PROJECT": "a/b"}], ids=lambda env: next(iter(env))
+)
+def test_wrong_environment_is_one_line(tmp_path, monkeypatch, capsys, env):
+    monkeypatch.setattr(os, "environ", os.environ | env)
+    with pytest.raises(SystemExit) as stopped:
+        grpo_demo.main([*LAPTOP, "--output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    check_one_line_and_no_file(capsys.readouterr().err, "W&B", tmp_path / "out")
+
+
+def test_a_misspelt_flag_is_named_before_the_missing_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    for flags in (["--learning_rat", "1"], ["--config", str(tmp_path / "bad.yaml")]):
+        with pytest.raises(UserError, match="learning_rat"):
+            parse_args(flags)
 
 
 def test_the_command_exits_with_status_2(tmp_path):

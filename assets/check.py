@@ -1,0 +1,105 @@
+"""Refuse settings that would fail late, or never: before anything is loaded, in one line.
+
+What libraries refuse when the command line is read is left to them.
+"""
+
+import json
+import math
+import os
+
+import torch
+import trl
+import wandb
+from transformers import GenerationConfig, Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+from assets.errors import UserError, one_line_errors
+
+REFUSED = {
+    "trust_remote_code": "the script runs no code from a model's repository",
+    "resume_from_checkpoint": "run the same command again, it resumes",
+    "push_to_hub": "it would upload W&B files and completions. After training: hf upload YOU/NAME "
+    "OUTPUT_DIR . --exclude 'wandb/*' --exclude 'completions/*' --exclude 'checkpoint-*/*' "
+    "--exclude run.json",
+    "hub_token": "it would be logged. Set the environment variable HF_TOKEN",
+    "save_only_model": "such a checkpoint cannot be resumed",
+}
+ABOVE_0 = """adam_epsilon gradient_accumulation_steps logging_steps lora_alpha lora_r
+    num_generations max_completion_length max_prompt_length num_iterations num_train_epochs
+    temperature top_p
+    per_device_eval_batch_size per_device_train_batch_size repetition_penalty save_steps
+    save_total_limit steps_per_generation generation_batch_size
+    vllm_gpu_memory_utilization vllm_tensor_parallel_size"""
+FROM_0 = """beta epsilon eval_samples learning_rate lora_dropout max_grad_norm min_p
+    num_completions_to_print seed top_k warmup_steps weight_decay"""
+UP_TO_1 = "adam_beta1 adam_beta2 lora_dropout min_p top_p vllm_gpu_memory_utilization"
+CHOICES = {
+    "loss_type": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo",  # TRL 1.16
+    "scale_rewards": "group batch none True False",
+    "importance_sampling_level": "token sequence",
+    "logging_strategy": "steps epoch",
+    "vllm_mode": "colocate server",
+    "dtype": "auto bfloat16 float16 float32",
+}
+
+
+def gpu(args: trl.GRPOConfig) -> None:
+    """Raise UserError if there is no GPU, several without a launcher, or one without bf16."""
+    if not args.use_cpu and not torch.cuda.is_available():
+        laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
+        raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
+    gpus = 0 if args.use_cpu else torch.cuda.device_count()
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
+        n = 1 << gpus.bit_length() - 1  # the largest power of two: divides 64
+        run = f"--num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
+        one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
+        raise UserError(f"{gpus} GPUs, 1 process. Use {n}: accelerate launch {run}; or 1: {one}")
+    if gpus and args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        flags = "--bf16 False --fp16 True --dtype float32"
+        flags += ", and --use_peft if the memory is too small (--estimate_memory tells)"
+        raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
+
+
+def values(args: object) -> None:
+    """Raise UserError for a number out of range, or an unknown choice; `args` may lack some."""
+    for flag, instead in REFUSED.items():
+        if getattr(args, flag, None):
+            raise UserError(f"--{flag} is not supported: {instead}")
+    rules = {
+        "above 0": (ABOVE_0.split(), lambda x: x > 0),
+        "0 or above": (FROM_0.split(), lambda x: x >= 0),
+        "at most 1": (UP_TO_1.split(), lambda x: x <= 1),
+        "-1 (all), or above 0": (["max_steps"], lambda x: x == -1 or x > 0),
+    }
+    for text, (names, holds) in rules.items():
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise UserError(f"--{name} {value}: it must be {text}")
+    for name, choices in CHOICES.items():
+        value = getattr(args, name, None)
+        if value is not None and str(value) not in choices.split():
+            raise UserError(f"--{name} {value}: choose one of {choices}")
+
+
+def tools(args: trl.GRPOConfig) -> None:
+    """Raise UserError if optimizer, scheduler, sampling or a logger cannot be made."""
+    with one_line_errors(f"--optim {args.optim}"):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    with one_line_errors(f"--lr_scheduler_type {args.lr_scheduler_type}"):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+        more = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, **more)
+    with one_line_errors(f"--report_to {' '.join(args.report_to)}"):
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    if "wandb" in args.report_to:
+        with one_line_errors("W&B"):
+            project = os.environ.get("WANDB_PROJECT", args.project)
+            wandb.Settings(mode=os.environ.get("WANDB_MODE") or "offline", project=project)
+    sampling = args.generation_kwargs or {}
+    with one_line_errors(f"--generation_kwargs {json.dumps(sampling)}"):
+        if not args.use_vllm and (bad := sampling.keys() - GenerationConfig().to_dict().keys()):
+            raise ValueError(f"unknown: {', '.join(bad)}")
+        if not 0 < sampling.get("temperature", 1.0) < math.inf:
+            raise ValueError("the temperature must be above 0")
