@@ -48,10 +48,11 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 import rewards
-from assets import check, keep, memory
+from assets import check, keep, memory, terminal
 from assets.errors import UserError, one_line_errors, say
 from assets.evaluate import Evaluation, write_card
 
@@ -115,7 +116,8 @@ PROJECT = "grpo-demo"  # in W&B; the environment variable WANDB_PROJECT wins
 LOGGING_STEPS = 1  # steps between log lines
 LOG_ON_EACH_NODE = False  # with several machines, only the first one logs
 LOG_COMPLETIONS = True  # all completions of a step, to W&B and to a parquet file
-NUM_COMPLETIONS_TO_PRINT = 1  # of them in the terminal
+NUM_COMPLETIONS_TO_PRINT = 0  # of them in TRL's own table in the terminal, every step
+PRINT_STEPS = 10  # steps between samples in the terminal; 0: none
 SAVE_STEPS = 100  # steps between checkpoints; the same command resumes from the last one
 SAVE_TOTAL_LIMIT = 2  # checkpoints kept (the gist kept all 19, about 9 GB each)
 LOGGING_NAN_INF_FILTER = False  # a loss that is not finite is shown, and stops the run
@@ -138,6 +140,15 @@ XML_COT_FORMAT = """\
 {answer}
 </answer>
 """
+TALK = """
+talk to the model:
+python - <<'EOF'
+from transformers import pipeline
+from grpo_demo import make_prompt
+chat = pipeline("text-generation", "{}", max_new_tokens=256)
+question = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
+print(chat(make_prompt(question))[0]["generated_text"][-1]["content"])
+EOF"""
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
@@ -154,6 +165,7 @@ class DemoConfig(GRPOConfig):
     eval_samples: int = field(default=EVAL_SAMPLES, metadata={"help": "Test questions; 0: all."})
     eval_only: bool = field(default=False, metadata={"help": "Evaluate, do not train."})
     estimate_memory: bool = field(default=False, metadata={"help": "Print it, do not train."})
+    print_steps: int = field(default=PRINT_STEPS, metadata={"help": "Between samples shown."})
     overwrite_output: bool = field(default=False, metadata={"help": "Move an old run aside."})
 
     def __post_init__(self):
@@ -360,22 +372,6 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
     return trainer
 
 
-def print_banner(trainer: GRPOTrainer, model_args: ModelConfig) -> None:
-    """Print what is about to run."""
-    args, model, gpu = trainer.args, trainer.model, trainer.args.device.type == "cuda"
-    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    prompts, trained = len(trainer.train_dataset), trainer.get_num_trainable_parameters()
-    say(f"model   {model.config._name_or_path}, {model.dtype}")
-    say(f"        {model.num_parameters():,} parameters, {trained:,} of them trained")
-    say(f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention")
-    if gpu:
-        card = torch.cuda.get_device_properties(args.device).total_memory
-        say(f"memory  {memory.advice(model.config, args, model_args, card)}")
-    say(f"data    {args.dataset_name}, {prompts:,} prompts")
-    say(f"step    {args.generation_batch_size} completions in groups of {args.num_generations}")
-    say(f"output  {args.output_dir}")
-
-
 def build_evaluation(args: DemoConfig, model_args: ModelConfig) -> Evaluation:
     """Return the evaluation on the test split, or on its first `eval_samples` rows."""
     rows = get_gsm8k_questions("test", args.dataset_name, args.dataset_config)
@@ -415,7 +411,8 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     with keep.run(args, config) as kept:
         trainer = build_trainer(args, model_args, rows)
         kept.watch(trainer)
-        print_banner(trainer, model_args)
+        trainer.add_callback(terminal.Terminal(trainer, args.print_steps))
+        terminal.banner(trainer, model_args)
         if evaluation:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
@@ -426,17 +423,13 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
             evaluation.evaluate(trainer, after, one_shot=args.one_shot)
             evaluation.report()
         trainer.create_model_card()
-    ask = "make_prompt('Mia has 14 pens and buys 23 more. How many pens does Mia have now?')"
-    ask = f"pipeline('text-generation', '{args.output_dir}')({ask}, max_new_tokens=256)"
-    code = "from transformers import pipeline; from grpo_demo import make_prompt; "
-    say(f"talk to the model:  python -c \"{code}print({ask}[0]['generated_text'][-1])\"")
+    say(TALK.format(args.output_dir))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit status 0 when done, 2 with one line for an error to fix."""
     warnings.simplefilter("ignore", FutureWarning)  # transformers, about names that TRL uses
-    if not sys.stdout.isatty():
-        os.environ.setdefault("COLUMNS", "160")  # room for TRL's table in a log file
+    disable_progress_bar()  # of loading weights
     try:
         args, model_args = parse_args(argv)
         task = memory.report if args.estimate_memory else eval_only if args.eval_only else train

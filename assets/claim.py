@@ -20,7 +20,7 @@ from assets.errors import UserError, say
 # Settings that do not change what is computed: they may differ when a run is resumed
 FREE_SETTINGS = """
     evaluate eval_only eval_samples eval_batch_size per_device_eval_batch_size estimate_memory
-    output_dir overwrite_output report_to project run_name log_* logging_* num_completions_to_print
+    output_dir overwrite_output report_to project run_name log_* logging_* *_to_print print_steps
     save_* hub_* push_to_hub disable_tqdm local_rank
     per_device_train_batch_size train_batch_size gradient_accumulation_steps steps_per_generation
     gradient_checkpointing* dataloader_num_workers dataloader_p* torch_empty_cache_steps
@@ -68,7 +68,7 @@ def lock(out: Path) -> None:
 
 
 def release(out: Path) -> None:
-    """Leave no trace in a directory where no run has begun."""
+    """Unlock the directory and leave no trace of the lock, nor an empty directory."""
     (out / OWNER).unlink(missing_ok=True)
     (out / LOCK).unlink(missing_ok=True)
     HELD.pop().release()

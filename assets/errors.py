@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -30,7 +31,8 @@ def one_line_errors(what: str) -> Iterator[None]:
 def say(message: str = "", error: bool = False) -> None:
     """Print a line, on the first process only; an error, on the first process of each machine."""
     if os.environ.get("LOCAL_RANK" if error else "RANK", "0") == "0":
-        print(message, file=sys.stderr if error else sys.stdout, flush=True)
+        with tqdm.external_write_mode(file=(file := sys.stderr if error else sys.stdout)):
+            print(message, file=file, flush=True)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -8,6 +8,8 @@ import math
 import os
 import shlex
 import sys
+import textwrap
+import time
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -16,9 +18,10 @@ import pandas as pd
 import trl
 import wandb
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import ModelCardData
+from tqdm import tqdm
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -61,8 +64,10 @@ def generate(
     """
     trainer, tokenizer, done = greedy(trainer), trainer.processing_class, []
     accelerator, extra = trainer.accelerator, -len(prompts) % trainer.accelerator.num_processes
+    quiet = trainer.args.disable_tqdm or not (sys.stderr.isatty() and accelerator.is_main_process)
+    start = time.time()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
-        for i in tqdm(range(0, len(shard), batch_size), desc=title):
+        for i in tqdm(range(0, len(shard), batch_size), title, leave=False, disable=quiet):
             trainer.model.eval()
             ids, _, _ = trainer._tokenize_prompts(shard[i : i + batch_size])
             with accelerator.autocast():  # as in training; the model is not wrapped before it
@@ -71,6 +76,7 @@ def generate(
                 cut = tokens[-1] not in trainer.eos_token_ids
                 text = tokenizer.decode(tokens[: len(tokens) - (not cut)], skip_special_tokens=True)
                 done.append({"completion": text, "tokens": len(tokens), "truncated": cut})
+    say(f"{title}: {len(prompts)} answers in {time.time() - start:.0f} s")
     return gather_object(done)[: len(prompts)]
 
 
@@ -125,15 +131,16 @@ class Evaluation:
         measurements = {name: summarize(rows) for name, rows in self.measured.items()}
         result = {"settings": self.settings | {"decoding": "greedy"}, "measurements": measurements}
         say()
-        for row in table(measurements):
-            say("".join(f"{text:>27}" for text in row))
+        for name, *cells in table(measurements, "{:.1%} [{:.0%}, {:.0%}]"):
+            say(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
         if len(measurements) == 3:
             before, control, after = self.measured.values()
             if "after_one_shot" in measurements:
                 before, control = control, before
             result |= verdict(before=before, control=control, after=after)
             result["sentences"] = explain(result, measurements)
-            say("\n".join(["", f"verdict: {result['verdict']}", *result["sentences"]]))
+            for text in (f"\nlearned: {result['verdict']}", *result["sentences"]):
+                say(textwrap.fill(text, 80, replace_whitespace=False))
         if PartialState().is_main_process:
             write_json(self.out / "evaluation.json", result)
         self.log(result)
@@ -152,14 +159,15 @@ class Evaluation:
         wandb.run.summary.update(words)
 
 
-def table(measurements: dict[str, dict]) -> list[list[str]]:
-    """Return the texts of a table: a header, then a row for each figure, with its interval."""
+def table(measurements: dict[str, dict], form: str) -> list[list[str]]:
+    """Return the texts of a table: a header, then each figure in `form`, with its interval."""
     (n,) = {m["soft_format"]["n"] for m in measurements.values()}
-    rows = [[f"{n} questions", *measurements]]
+    rows = [[f"{n} questions", *(name.replace("_", " ") for name in measurements)]]
     for column in COLUMNS:
-        form = "{:.1f} [{:.1f}, {:.1f}]" if column == "tokens" else "{:.1%} [{:.1%}, {:.1%}]"
         cells = [m[column] for m in measurements.values()]
-        rows += [[column, *(form.format(cell["value"], *cell["interval"]) for cell in cells)]]
+        unit = form.replace("%", "f") if column == "tokens" else form
+        texts = [unit.format(cell["value"], *cell["interval"]) for cell in cells]
+        rows += [[column.replace("_", " "), *texts]]
     return rows
 
 
@@ -178,7 +186,7 @@ def write_card(args: GRPOConfig, model_name: str) -> None:
     ]
     if (out / "evaluation.json").exists():
         result = json.loads((out / "evaluation.json").read_text())
-        header, *rows = table(result["measurements"])
+        header, *rows = table(result["measurements"], "{:.1%} [{:.1%}, {:.1%}]")
         rows = [header, ["---"] * len(header), *rows]
         lines += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
         lines += ["Test questions, greedy answers; in brackets 95% intervals."]

@@ -49,6 +49,7 @@ def run(args: GRPOConfig, config: dict) -> Iterator["Run"]:
         yield kept
         if args.process_index == 0:
             write_json(kept.path, kept.record | {"finished": True})
+            release(kept.out)
     except Exception as error:  # safetensors and torch have kinds of their own
         if args.process_index == 0 and not kept.path.exists():
             release(kept.out)
@@ -124,7 +125,8 @@ class Run(WandbCallback):
         mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         where = {"project": os.environ.get("WANDB_PROJECT", args.project), "name": args.run_name}
         where |= {"dir": args.output_dir, "id": self.record["wandb_id"], "resume": "allow"}
-        patience = {"init_timeout": 30, "finish_timeout": 60, "finish_timeout_raises": True}
+        patience = {"quiet": True, "show_info": False}  # the closing lines say it in two lines
+        patience |= {"init_timeout": 30, "finish_timeout": 60, "finish_timeout_raises": True}
         patience["x_transaction_log_flush_interval"] = 0.01  # write at once: a kill loses nothing
         where |= {"config": self.config, "settings": wandb.Settings(**patience)}
         try:
@@ -180,7 +182,7 @@ class Run(WandbCallback):
             if text in self.warned:
                 continue
             self.warned.add(text)
-            say(f"\nwarning: step {state.global_step}: {text}", error=True)
+            say(f"warning: step {state.global_step}: {text}", error=True)
             if wandb.run:
                 wandb.run.alert(title="grpo_demo", text=f"step {state.global_step}: {text}")
         if self.broken:  # the last checkpoint is the last good one

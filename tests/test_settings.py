@@ -52,7 +52,6 @@ GIST = {  # the gist's settings, in TRL 1.16's names
     "one_shot": False,
     "max_prompt_length": 256,
     "log_completions": True,
-    "num_completions_to_print": 1,
     "project": "grpo-demo",
 }
 
