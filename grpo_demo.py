@@ -146,8 +146,8 @@ python - <<'EOF'
 from transformers import pipeline
 from grpo_demo import make_prompt
 chat = pipeline("text-generation", "{}", max_new_tokens=256)
-question = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
-print(chat(make_prompt(question))[0]["generated_text"][-1]["content"])
+q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
+print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
 EOF"""
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist

@@ -109,12 +109,14 @@ class Run(WandbCallback):
 
     def last_logged_step(self) -> int:
         """Return the last step in the W&B files of a stopped run, 0 if there is none."""
-        steps, inspect = [0], ["-m", "wandb", "leet", "inspect", "--summary", "--json"]
-        for file in self.out.glob("wandb/*run-*/*.wandb"):
-            read = subprocess.run([sys.executable, *inspect, str(file)], capture_output=True)
-            if read.returncode == 0:
-                steps.append(int(json.loads(read.stdout)["summary"].get("train/global_step", 0)))
-        return max(steps)
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
+        files = sorted(self.out.glob("wandb/*run-*/*.wandb"), key=lambda f: f.parent.name[-24:])
+        for file in reversed(files):  # newest first
+            read = subprocess.run([*inspect, str(file)], capture_output=True)
+            found = json.loads(read.stdout)["summary"] if read.returncode == 0 else {}
+            if step := int(found.get("train/global_step", 0)):
+                return step
+        return 0
 
     def setup(self, args, state, model, **kwargs):
         """Open the W&B run (transformers' hook): offline without a key or without a server."""

@@ -37,7 +37,7 @@ def banner(trainer: GRPOTrainer, model_args: ModelConfig) -> None:
     say(f"data    {args.dataset_name}, {prompts:,} prompts")
     say(f"step    {args.generation_batch_size} completions in groups of {args.num_generations}")
     say(f"output  {args.output_dir}")
-    say("shown   reward; format: soft, strict; right: lenient, strict; tokens a completion")
+    say("shown   reward, format (soft, strict), right (lenient, strict), tokens")
 
 
 def sample(trainer: GRPOTrainer, step: int) -> Panel:

@@ -119,7 +119,7 @@ def test_the_model_card(laptop):
     result = json.loads((out / "evaluation.json").read_text())
     for name, columns in result["measurements"].items():
         value = columns["strict_accuracy"]["value"]
-        assert f" {name} |" in card and f"| {value:.1%} [" in card
+        assert f" {name.replace('_', ' ')} |" in card and f"| {value:.1%} [" in card
     assert "None" not in card and "assets/tiny/config.yaml" in card
     assert all(sentence in card for sentence in result["sentences"])
     assert ModelCard(card).data.base_model is None  # assets/tiny is no id on the hub
