@@ -334,8 +334,12 @@ class GRPOTrainer(trl.GRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
 
-def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> GRPOTrainer:
+def build_trainer(
+    args: DemoConfig, model_args: ModelConfig, rows: Dataset, held_out: Dataset | None = None
+) -> GRPOTrainer:
     """Return the trainer with model, five rewards and, with `--use_peft`, the LoRA adapter.
+
+    held_out  questions for `--eval_strategy steps`: accuracy on them while training
 
     UserError if the model does not load, or the settings do not fit together.
     """
@@ -359,6 +363,7 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
             args=args,
             reward_funcs=rewards.REWARD_FUNCS,
             train_dataset=rows,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
         )
@@ -409,7 +414,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     files = [f for f in Path(model_args.model_name_or_path).glob("*.[sj]*") if f.suffix != ".jsonl"]
     config["model"] = fingerprint(sorted((f.name, *f.stat()[6::2]) for f in files))
     with keep.run(args, config) as kept:
-        trainer = build_trainer(args, model_args, rows)
+        trainer = build_trainer(args, model_args, rows, evaluation and evaluation.questions)
         kept.watch(trainer)
         trainer.add_callback(terminal.Terminal(trainer, args.print_steps))
         terminal.banner(trainer, model_args)

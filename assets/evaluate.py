@@ -147,16 +147,21 @@ class Evaluation:
         return result
 
     def log(self, result: dict) -> None:
-        """Put the figures into the summary of the W&B run, and a table of 50 answers each."""
+        """Add to the W&B run: figures and 50 answers each in its summary, and a bar chart."""
         if not wandb.run:
             return
+        summary = {f"eval/{key}": result[key] for key in ("verdict", "sentences") if key in result}
+        bars = wandb.Table(["measurement", "accuracy"])
         for name, columns in result["measurements"].items():
-            values = {f"eval/{name}/{column}": cell["value"] for column, cell in columns.items()}
-            wandb.run.summary.update(values)
-            answers = pd.DataFrame(self.measured[name][:50])
-            wandb.log({f"eval/{name}": wandb.Table(dataframe=answers)})
-        words = {f"eval/{key}": result[key] for key in ("verdict", "sentences") if key in result}
-        wandb.run.summary.update(words)
+            summary |= {f"eval/{name}/{column}": cell["value"] for column, cell in columns.items()}
+            for kind in ("lenient", "strict"):
+                bars.add_data(f"{name}, {kind}", columns[f"{kind}_accuracy"]["value"])
+        kept = self.measured.items()
+        answers = pd.DataFrame([{"measurement": k} | row for k, rows in kept for row in rows[:50]])
+        summary["eval/answers"] = wandb.Table(dataframe=answers)
+        wandb.run.summary.update(summary)
+        title = "Test accuracy: right anywhere (lenient), right inside the tags (strict)"
+        wandb.log({"eval/chart": wandb.plot.bar(bars, "measurement", "accuracy", title=title)})
 
 
 def table(measurements: dict[str, dict], form: str) -> list[list[str]]:

@@ -27,7 +27,7 @@ from transformers.integrations import WandbCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from assets.claim import claim, release
-from assets.errors import first_process, say, write_json
+from assets.errors import first_process, one_line_errors, say, write_json
 
 DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
 
@@ -78,9 +78,18 @@ class Run(WandbCallback):
         super().__init__()
         self.args, self.config, self.out = args, config, Path(args.output_dir)
         self.path = self.out / "run.json"
+        self.mode = first_process(self.find_mode)
         self.record, self.checkpoint = first_process(lambda: claim(args, config))
         self.signal, self.broken, self.skipped = 0, False, 0
         self.flat_steps, self.formatted, self.warned = 0, False, set()
+
+    def find_mode(self) -> str:
+        """Return W&B's mode: online with a key, else offline. UserError for a key it refuses."""
+        mode = os.environ.get("WANDB_MODE")
+        if mode or "wandb" not in self.args.report_to:
+            return mode or "disabled"
+        with one_line_errors("W&B"):
+            return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
     def watch(self, trainer: GRPOTrainer) -> None:
         """Write `run.json`, handle signals, replace transformers' W&B callback by this one."""
@@ -123,20 +132,20 @@ class Run(WandbCallback):
         if "wandb" not in args.report_to or not state.is_world_process_zero or wandb.run:
             return
         self._initialized = True
-        mode = os.environ.get("WANDB_MODE")
-        mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         where = {"project": os.environ.get("WANDB_PROJECT", args.project), "name": args.run_name}
         where |= {"dir": args.output_dir, "id": self.record["wandb_id"], "resume": "allow"}
-        patience = {"quiet": True, "show_info": False}  # the closing lines say it in two lines
+        patience = {"silent": True}  # the line below and the closing lines say it
         patience |= {"init_timeout": 30, "finish_timeout": 60, "finish_timeout_raises": True}
         patience["x_transaction_log_flush_interval"] = 0.01  # write at once: a kill loses nothing
         where |= {"config": self.config, "settings": wandb.Settings(**patience)}
         try:
-            wandb.init(**where, mode=mode)
+            wandb.init(**where, mode=self.mode)
         except wandb.Error as error:
             say(f"warning: W&B cannot be reached ({error}); the run is kept offline", error=True)
             wandb.teardown()  # it still holds the run's id
             wandb.init(**where, mode="offline")
+        offline = f"offline, in {Path(wandb.run.dir).parent}"
+        say(f"W&B     {offline if wandb.run.offline else wandb.run.url}")
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Leave W&B closed until the first step that is not logged yet."""
@@ -207,6 +216,7 @@ class Run(WandbCallback):
             except TimeoutError:  # the server does not answer; the local files are complete
                 uploaded = False
             say(f"\nlook at the run:    wandb leet {folder}")
+            say("                    (in it, / filters: type reward, accuracy or generate)")
             waiting = {*folder.parent.glob("offline-run-*"), *([] if uploaded else [folder])}
             if waiting:
                 where = " ".join(sorted(map(str, waiting)))

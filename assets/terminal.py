@@ -72,7 +72,7 @@ class Terminal(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.time(), state.global_step
         quiet = args.disable_tqdm or not sys.stderr.isatty() or not state.is_world_process_zero
-        form = "{n_fmt}/{total_fmt} {desc} {remaining} left {postfix}"
+        form = "{n_fmt}/{total_fmt} {remaining} left {desc}"
         steps = {"total": state.max_steps, "initial": state.global_step}
         self.bar = tqdm(**steps, bar_format=form, disable=quiet, dynamic_ncols=True, leave=True)
 
@@ -82,16 +82,17 @@ class Terminal(TrainerCallback):
         step, last, mean = state.global_step, state.max_steps, "rewards/{}_format_reward_func/mean"
         soft, strict = (logs.get(mean.format(kind), 0.0) for kind in ("soft", "strict"))
         right = [f"{logs[f'accuracy/{kind}']:.0%}" for kind in ("lenient", "strict")]
-        text = f"reward {logs['reward']:.2f} format {soft:.2f} {strict:.2f} right {' '.join(right)}"
-        text += f" tokens {logs['completions/mean_length']:.0f}"
+        text = f"{logs.get('step_time', 0):.1f}s reward {logs['reward']:.2f} format {soft:.2f}"
+        text += (
+            f" {strict:.2f} right {' '.join(right)} tokens {logs['completions/mean_length']:.0f}"
+        )
         if not self.bar.disable:
-            self.bar.set_description_str(f"{logs.get('step_time', 0):.1f}s", refresh=False)
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.set_description_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         elif step in (1, last) or step % max(1, last // LINES) == 0:
             each = (time.time() - self.start) / max(1, step - self.first)
             left = tqdm.format_interval((last - step) * each)
-            say(f"{step}/{last} {logs.get('step_time', 0):.1f}s {left} left {text}")
+            say(f"{step}/{last} {left} left {text}")
         if self.print_steps and (step == 1 or step % self.print_steps == 0):
             with tqdm.external_write_mode(file=sys.stdout):
                 Console().print(sample(self.trainer, step))

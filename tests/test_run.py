@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -142,11 +143,26 @@ def test_the_advised_upload_has_the_model_and_no_logs(laptop):
     }
 
 
-def test_wandb_holds_the_configuration(laptop):
-    (file,) = laptop[0].glob("wandb/*run-*/*.wandb")
+def summary(out: Path, part: str = "summary") -> dict:
+    """Return what W&B's files hold at the end of a run: its summary, or its config."""
+    (file,) = out.glob("wandb/*run-*/*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
-    text = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
-    config = json.dumps(json.loads(text)["config"])
+    return json.loads(subprocess.run(inspect, capture_output=True, check=True).stdout)[part]
+
+
+def test_held_out_accuracy_while_training(tmp_path):
+    flags = ("--eval_strategy", "steps", "--eval_steps", 1, "--eval_samples", 16)
+    flags += ("--per_device_train_batch_size", 16, "--max_steps", 2, "--max_completion_length", 32)
+    done = run(*LAPTOP, *FAST, *flags, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = wandb_rows(tmp_path / "run")
+    for name in ("strict", "lenient"):
+        assert len(series(rows, f"eval/accuracy/{name}")) == 2
+        assert len(series(rows, f"train/accuracy/{name}")) == 2
+
+
+def test_wandb_holds_the_configuration(laptop):
+    config = json.dumps(summary(laptop[0], "config"))
     for name in ("learning_rate", "beta", "model_name_or_path", "dataset_name", "system_prompt"):
         assert f'"{name}"' in config, name
 
@@ -198,7 +214,12 @@ def test_the_evaluation(laptop):
         kept = pd.read_parquet(out / "evaluation" / f"{name}.parquet")
         value = result["measurements"][name]["lenient_accuracy"]["value"]
         assert len(kept) == 512 and value == pytest.approx(kept["lenient_accuracy"].mean())
-        assert 50 in series(rows, f"eval/{name}.nrows")
+        assert f"eval/{name}/strict_accuracy" in summary(out)
+    assert summary(out)["eval/answers"]["nrows"] == 150
+    points = Counter(name for row in rows for name in row if not name.startswith("_"))
+    assert {name for name, n in points.items() if n == 1 and "eval/" in name} <= {
+        name for name in points if name.startswith("eval/chart")
+    }
 
 
 def test_evaluation_does_not_change_training(tmp_path):

@@ -322,14 +322,25 @@ def test_wrong_input_is_one_line_with_its_name_and_status_2(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "env", [{"WANDB_MODE": "foo"}, {"WANDB_PROJECT": "a/b"}], ids=lambda env: next(iter(env))
+    "env",
+    [{"WANDB_MODE": "foo"}, {"WANDB_PROJECT": "a/b"}, {"WANDB_API_KEY": "abc", "WANDB_MODE": ""}],
+    ids=lambda env: next(iter(env)),
 )
 def test_wrong_environment_is_one_line(tmp_path, monkeypatch, capsys, env):
-    monkeypatch.setattr(os, "environ", os.environ | env)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
         grpo_demo.main([*LAPTOP, "--output_dir", str(tmp_path / "out")])
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()
     check_one_line_and_no_file(capsys.readouterr().err, "W&B", tmp_path / "out")
+
+
+def test_an_output_directory_that_is_a_dangling_link(tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as stopped:
+        grpo_demo.main([*LAPTOP, "--output_dir", str(tmp_path / "link")])
+    assert stopped.value.code == 2
+    check_one_line_and_no_file(capsys.readouterr().err, "link", tmp_path)
 
 
 def test_a_misspelt_flag_is_named_before_the_missing_gpu(tmp_path, monkeypatch):
