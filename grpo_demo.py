@@ -29,13 +29,13 @@ The training step matches the gist's on TRL 0.14. These differences change what 
 """
 
 import json
+import math
 import os
 import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
@@ -183,21 +183,6 @@ class DemoConfig(GRPOConfig):
         return torch.device("cpu") if device.type == "cpu" else device
 
 
-class Parser(TrlParser):
-    """TRL's parser, with one-line errors; a misspelt flag is named before a missing GPU."""
-
-    def error(self, message: str):  # argparse's would print all 200 flags first
-        raise UserError(message)
-
-    def parse_known_args(self, args=None, namespace=None):
-        known, unknown = super().parse_known_args(args, namespace)
-        return self.error(f"unknown flag {unknown[0]}") if unknown else (known, unknown)
-
-    def set_defaults_with_config(self, **settings):
-        unknown = super().set_defaults_with_config(**settings)
-        return self.error(f"unknown key {unknown[0][2:]} in the YAML file") if unknown else []
-
-
 def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     """Return the settings: the constants, overridden by `--config FILE`, overridden by flags.
 
@@ -208,7 +193,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     if argv[-1:] == ["--config"]:
         raise UserError("--config needs the name of a YAML file")
     usage = __doc__.replace("%", "%%")
-    parser = Parser([DemoConfig, ModelConfig], allow_abbrev=False, description=usage)
+    parser = check.Parser([DemoConfig, ModelConfig], allow_abbrev=False, description=usage)
     constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     TrlParser.set_defaults_with_config(parser, **constants)  # passes over those that are no flag
     with one_line_errors("settings"):
@@ -334,6 +319,21 @@ class GRPOTrainer(trl.GRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
 
+def check_prompts(args: DemoConfig, model: PreTrainedModel, tokenizer: Tokenizer, rows: Dataset):
+    """Warn of long prompts and of control tokens; ValueError if a prompt leaves no room."""
+    ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)
+    lengths = [len(prompt) for prompt in ids["input_ids"]]
+    if long := sum(n > args.max_prompt_length for n in lengths):
+        over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
+        say(f"warning: {over} (up to {max(lengths)}); they are kept whole", error=True)
+    special = tokenizer.all_special_tokens
+    if ends := sum(any(token in q for token in special) for q in rows["question"]):
+        say(f"warning: {ends} questions have tokens that end a turn", error=True)
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if (longest := max(lengths) + args.max_completion_length) > positions:
+        raise ValueError(f"prompt and completion of {longest} tokens, {positions} positions")
+
+
 def build_trainer(
     args: DemoConfig, model_args: ModelConfig, rows: Dataset, held_out: Dataset | None = None
 ) -> GRPOTrainer:
@@ -347,17 +347,7 @@ def build_trainer(
     if model_args.model_revision != "main":  # TRL loads the reference model by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
     with one_line_errors("TRL refuses these settings"):
-        ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)
-        lengths = [len(prompt) for prompt in ids["input_ids"]]
-        if long := sum(n > args.max_prompt_length for n in lengths):
-            over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
-            say(f"warning: {over} (up to {max(lengths)}); they are kept whole", error=True)
-        special = [any(t in q for t in tokenizer.all_special_tokens) for q in rows["question"]]
-        if any(special):
-            say(f"warning: {sum(special)} questions have tokens that end a turn", error=True)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions and (longest := max(lengths) + args.max_completion_length) > positions:
-            raise ValueError(f"prompt and completion of {longest} tokens, {positions} positions")
+        check_prompts(args, model, tokenizer, rows)
         trainer = GRPOTrainer(
             model=model,
             args=args,
@@ -397,22 +387,13 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     say(f"kept in {args.output_dir}")
 
 
-def fingerprint(value: object) -> str:
-    """Return 12 hex digits that change with the value."""
-    return sha256(repr(value).encode()).hexdigest()[:12]
-
-
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
     rows = get_gsm8k_questions("train", args.dataset_name, args.dataset_config, args.one_shot)
     evaluation = build_evaluation(args, model_args) if args.evaluate else None
     if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
         raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
-    config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": SYSTEM_PROMPT}
-    config |= {"data": fingerprint(rows.to_dict()), "world_size": args.world_size}
-    config["rewards.py"] = fingerprint(Path(rewards.__file__).read_bytes())
-    files = [f for f in Path(model_args.model_name_or_path).glob("*.[sj]*") if f.suffix != ".jsonl"]
-    config["model"] = fingerprint(sorted((f.name, *f.stat()[6::2]) for f in files))
+    config = keep.describe(args, model_args, rows, SYSTEM_PROMPT, rewards.__file__)
     with keep.run(args, config) as kept:
         trainer = build_trainer(args, model_args, rows, evaluation and evaluation.questions)
         kept.watch(trainer)

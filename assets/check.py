@@ -12,6 +12,7 @@ import trl
 import wandb
 from transformers import GenerationConfig, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from trl import TrlParser
 
 from assets.errors import UserError, one_line_errors
 
@@ -41,6 +42,21 @@ CHOICES = {
     "vllm_mode": "colocate server",
     "dtype": "auto bfloat16 float16 float32",
 }
+
+
+class Parser(TrlParser):
+    """TRL's parser, with one-line errors; a misspelt flag is named before a missing GPU."""
+
+    def error(self, message: str):  # argparse's would print all 200 flags first
+        raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, unknown = super().parse_known_args(args, namespace)
+        return self.error(f"unknown flag {unknown[0]}") if unknown else (known, unknown)
+
+    def set_defaults_with_config(self, **settings):
+        unknown = super().set_defaults_with_config(**settings)
+        return self.error(f"unknown key {unknown[0][2:]} in the YAML file") if unknown else []
 
 
 def gpu(args: trl.GRPOConfig) -> None:
