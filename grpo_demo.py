@@ -3,7 +3,9 @@
     pip install -r requirements.txt
     python grpo_demo.py --config assets/tiny/config.yaml    # laptop: no GPU, network or account
     python grpo_demo.py                                     # one CUDA GPU: Qwen2.5-1.5B on GSM8K
+    python grpo_demo.py --estimate_memory                   # what fits which card; needs no GPU
     python grpo_demo.py --use_peft                          # with the gist's LoRA adapter
+    python grpo_demo.py --use_vllm                          # after pip install vllm==0.31.0
     python grpo_demo.py --dataset_name DIR --model_name_or_path DIR     # local data, local model
     python grpo_demo.py --eval_only --model_name_or_path DIR            # evaluate a saved model
     accelerate launch --num_processes 2 grpo_demo.py --gradient_accumulation_steps 32  # two GPUs
@@ -69,7 +71,7 @@ RUN_NAME = "Qwen-1.5B-GRPO-gsm8k"  # in W&B
 
 # Generation: 64 completions a step, in one call
 NUM_GENERATIONS = 16  # G, completions per prompt: the group
-PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions per backward pass: more is faster, takes more memory
+PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions per backward pass; 1 fits 24 GB, more is faster
 GRADIENT_ACCUMULATION_STEPS = 64  # batch size x this = 64 completions a step; keep the product
 GRADIENT_CHECKPOINTING = False  # True: same numbers, less memory, slower
 MAX_COMPLETION_LENGTH = 786  # tokens; a longer answer is cut and loses its closing tags
@@ -109,6 +111,7 @@ LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_
 EVALUATE = True  # False: train only
 EVAL_SAMPLES = 0  # questions; 0: all (1,319 in GSM8K)
 PER_DEVICE_EVAL_BATCH_SIZE = 128  # questions per generate call
+EVAL_GENERATIONS = 0  # with --eval_only: answers sampled per question, for pass@k; 0: none
 
 # Logging and saving
 REPORT_TO = "wandb"  # "none": off. Without a W&B key the run is kept offline
@@ -163,6 +166,7 @@ class DemoConfig(GRPOConfig):
     max_prompt_length: int = field(default=MAX_PROMPT_LENGTH, metadata={"help": "In tokens."})
     evaluate: bool = field(default=EVALUATE, metadata={"help": "Before and after training."})
     eval_samples: int = field(default=EVAL_SAMPLES, metadata={"help": "Test questions; 0: all."})
+    eval_generations: int = field(default=EVAL_GENERATIONS, metadata={"help": "For pass@k."})
     eval_only: bool = field(default=False, metadata={"help": "Evaluate, do not train."})
     estimate_memory: bool = field(default=False, metadata={"help": "Print it, do not train."})
     print_steps: int = field(default=PRINT_STEPS, metadata={"help": "Between samples shown."})
@@ -381,8 +385,10 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
     evaluation = build_evaluation(args, model_args)
     trainer = build_trainer(args, model_args, evaluation.questions)
-    evaluation.evaluate(trainer, "zero_shot", one_shot=False)
-    evaluation.evaluate(trainer, "one_shot", one_shot=True)
+    for name, one_shot in {"zero_shot": False, "one_shot": True}.items():
+        evaluation.evaluate(trainer, name, one_shot)
+        if args.eval_generations:
+            evaluation.sample(trainer, name, one_shot, args.eval_generations)
     evaluation.report()
     say(f"kept in {args.output_dir}")
 

@@ -31,8 +31,8 @@ ABOVE_0 = """adam_epsilon gradient_accumulation_steps logging_steps lora_alpha l
     per_device_eval_batch_size per_device_train_batch_size repetition_penalty save_steps
     save_total_limit steps_per_generation generation_batch_size
     vllm_gpu_memory_utilization vllm_tensor_parallel_size"""
-FROM_0 = """beta epsilon eval_samples learning_rate lora_dropout max_grad_norm min_p
-    num_completions_to_print print_steps seed top_k warmup_steps weight_decay"""
+FROM_0 = """beta epsilon eval_generations eval_samples learning_rate lora_dropout max_grad_norm
+    min_p num_completions_to_print print_steps seed top_k warmup_steps weight_decay"""
 UP_TO_1 = "adam_beta1 adam_beta2 lora_dropout min_p top_p vllm_gpu_memory_utilization"
 CHOICES = {
     "loss_type": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo",  # TRL 1.16

@@ -19,9 +19,9 @@ from assets.errors import UserError, say
 
 # Settings that do not change what is computed: they may differ when a run is resumed
 FREE_SETTINGS = """
-    evaluate eval_only eval_samples eval_batch_size per_device_eval_batch_size estimate_memory
-    output_dir overwrite_output report_to project run_name log_* logging_* *_to_print print_steps
-    save_* hub_* push_to_hub disable_tqdm local_rank
+    evaluate eval_only eval_samples eval_generations eval_batch_size per_device_eval_batch_size
+    estimate_memory output_dir overwrite_output report_to project run_name log_* logging_*
+    *_to_print print_steps save_* hub_* push_to_hub disable_tqdm local_rank
     per_device_train_batch_size train_batch_size gradient_accumulation_steps steps_per_generation
     gradient_checkpointing* dataloader_num_workers dataloader_p* torch_empty_cache_steps
     vllm_gpu_memory_utilization vllm_enable_sleep_mode vllm_server_*

@@ -33,11 +33,13 @@ Z = 1.96  # 95% intervals
 COLUMNS = [*score("", ""), "truncated", "tokens"]
 
 
-def greedy(trainer: GRPOTrainer) -> GRPOTrainer:
-    """Return a shallow copy that shares the model, but generates greedily and logs no timers."""
+def quiet(trainer: GRPOTrainer, greedy: bool) -> GRPOTrainer:
+    """Return a shallow copy that shares the model but logs no timers, and may decode greedily."""
     trainer, tokenizer = copy(trainer), trainer.processing_class
     trainer.args = copy(trainer.args)
     trainer.args.report_to = []
+    if not greedy:
+        return trainer
     if trainer.use_vllm:
         trainer.vllm_generation = copy(trainer.vllm_generation)
         trainer.vllm_generation.generation_kwargs = {"temperature": 0.0, "repetition_penalty": 1.0}
@@ -54,20 +56,25 @@ def greedy(trainer: GRPOTrainer) -> GRPOTrainer:
 
 
 def generate(
-    trainer: GRPOTrainer, prompts: list[list[dict[str, str]]], batch_size: int, title: str
+    trainer: GRPOTrainer,
+    prompts: list[list[dict[str, str]]],
+    batch_size: int,
+    title: str,
+    greedy: bool = True,
 ) -> list[dict]:
-    """Generate greedily for all prompts, with the trainer's own backend and precision.
+    """Generate for all prompts, with the trainer's own backend and precision.
 
     Sharded over the processes, which all make the same number of calls, as ZeRO-3 and FSDP need.
-    Uses no random numbers. Returns a dict per prompt, in order and on every process: `completion`
-    (text), `tokens` (with the end-of-turn token) and `truncated` (no end within the limit).
+    Greedily, without random numbers; or sampled as in training. Returns a dict per prompt, in order
+    and on every process: `completion` (text), `tokens` (with the end-of-turn token) and `truncated`
+    (no end within the limit).
     """
-    trainer, tokenizer, done = greedy(trainer), trainer.processing_class, []
+    trainer, tokenizer, done = quiet(trainer, greedy), trainer.processing_class, []
     accelerator, extra = trainer.accelerator, -len(prompts) % trainer.accelerator.num_processes
-    quiet = trainer.args.disable_tqdm or not (sys.stderr.isatty() and accelerator.is_main_process)
+    hidden = trainer.args.disable_tqdm or not (sys.stderr.isatty() and accelerator.is_main_process)
     start = time.time()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
-        for i in tqdm(range(0, len(shard), batch_size), title, leave=False, disable=quiet):
+        for i in tqdm(range(0, len(shard), batch_size), title, leave=False, disable=hidden):
             trainer.model.eval()
             ids, _, _ = trainer._tokenize_prompts(shard[i : i + batch_size])
             with accelerator.autocast():  # as in training; the model is not wrapped before it
@@ -90,6 +97,7 @@ class Evaluation:
         names = ("dataset_name", "max_completion_length", "seed", "output_dir", "use_vllm")
         self.settings = {"model": model_name} | {name: getattr(args, name) for name in names}
         self.measured: dict[str, list[dict]] = {}
+        self.passed: dict[str, dict] = {}
 
     def evaluate(self, trainer: GRPOTrainer, name: str, one_shot: bool) -> list[dict]:
         """Generate and score an answer to every question, with an example if `one_shot`.
@@ -126,6 +134,28 @@ class Evaluation:
         self.measured[name] = rows
         return rows
 
+    def sample(self, trainer: GRPOTrainer, name: str, one_shot: bool, n: int) -> None:
+        """Measure pass@k for k = 1, 2, 4, ... n: is one of k sampled answers right?
+
+        With n samples a question; mean over the questions and its 95% interval.
+        """
+        asked = list(zip(self.questions["question"], self.questions["answer"], strict=True))
+        prompts = [self.make_prompt(question, one_shot) for question, _ in asked for _ in range(n)]
+        size = trainer.args.per_device_eval_batch_size
+        made = generate(trainer, prompts, size, f"sample {name}", greedy=False)
+        golds = [gold for _, gold in asked for _ in range(n)]
+        scores = [score(m["completion"], gold) for m, gold in zip(made, golds, strict=True)]
+        result = self.passed[name] = {}
+        for kind in ("strict_accuracy", "lenient_accuracy"):
+            right = [sum(row[kind] for row in scores[i : i + n]) for i in range(0, len(scores), n)]
+            result[kind] = {}
+            for k in (2**i for i in range(n.bit_length()) if 2**i <= n):
+                shares = [pass_at(k, n, count) for count in right]
+                mean = sum(shares) / len(shares)
+                half = Z * math.sqrt(sum((x - mean) ** 2 for x in shares)) / len(shares)
+                interval = [max(0.0, mean - half), min(1.0, mean + half)]
+                result[kind][k] = {"value": mean, "n": n, "interval": interval}
+
     def report(self) -> dict:
         """Print the table and, after training, the verdict; keep both in `evaluation.json`, W&B."""
         measurements = {name: summarize(rows) for name, rows in self.measured.items()}
@@ -133,6 +163,9 @@ class Evaluation:
         say()
         for name, *cells in table(measurements, "{:.1%} [{:.0%}, {:.0%}]"):
             say(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
+        if self.passed:
+            result["pass"] = self.passed
+            self.print_passed()
         if len(measurements) == 3:
             before, control, after = self.measured.values()
             if "after_one_shot" in measurements:
@@ -145,6 +178,20 @@ class Evaluation:
             write_json(self.out / "evaluation.json", result)
         self.log(result)
         return result
+
+    def print_passed(self) -> None:
+        """Print pass@k: a row for each k, a column for each measurement and way to read answers."""
+        columns = {
+            f"{name.replace('_', ' ')}, {kind.split('_')[0]}": shares
+            for name, kinds in self.passed.items()
+            for kind, shares in kinds.items()
+        }
+        say("\npass@k" + "".join(f"{title:>18}" for title in columns))
+        for k in next(iter(columns.values())):
+            cells = [shares[k] for shares in columns.values()]
+            percent = [[100 * x for x in (c["value"], *c["interval"])] for c in cells]
+            texts = ["{:.1f}% [{:.0f}, {:.0f}]".format(*values) for values in percent]
+            say(f"k = {k:<2}" + "".join(f"{text:>18}" for text in texts))
 
     def log(self, result: dict) -> None:
         """Add to the W&B run: figures and 50 answers each in its summary, and a bar chart."""
@@ -162,6 +209,14 @@ class Evaluation:
         wandb.run.summary.update(summary)
         title = "Test accuracy: right anywhere (lenient), right inside the tags (strict)"
         wandb.log({"eval/chart": wandb.plot.bar(bars, "measurement", "accuracy", title=title)})
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """Return the chance that k of n samples, `right` of them right, hold a right one.
+
+    Unbiased for pass@k. Source: Chen et al. 2021, arXiv 2107.03374.
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def table(measurements: dict[str, dict], form: str) -> list[list[str]]:

@@ -1,175 +1,273 @@
-"""Draw README's pictures from the records in assets/runs.
+"""Draw README's pictures from the records in assets/runs, or one picture of a run of your own.
 
 pip install matplotlib==3.11.2
-python assets/figures.py
+python assets/figures.py                  # README's pictures, into assets
+python assets/figures.py outputs/tiny     # timers and rewards of a run, into outputs/tiny/p1.png
 """
 
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+    from PIL import Image
+except ModuleNotFoundError:
+    print("assets/figures.py needs matplotlib: pip install matplotlib==3.11.2", file=sys.stderr)
+    sys.exit(2)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from assets.record import time_split  # noqa: E402
-from assets.tables import STRAY  # noqa: E402
-from rewards import count_xml  # noqa: E402
+from assets.record import collect, time_split  # noqa: E402
+from assets.tables import LAPTOP, MEASURED, QWEN, STRAY, runs  # noqa: E402
+from rewards import EXAMPLES, REWARD_FUNCS, count_xml  # noqa: E402
 
-REWARDS = ["xmlcount", "soft_format", "strict_format", "int", "simple_correctness"]
-COLORS = ["#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756"]
-INK = "#6e7781"  # readable on white and on black
-
-
-def load(name: str) -> tuple[list[dict], dict[str, list[float]]]:
-    folder = HERE / "runs" / name
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return metrics, json.loads((folder / "timers.json").read_text())
-
-
-def smooth(values: list[float], width: int = 5) -> list[float]:
-    """Return the mean of the last `width` steps at each step."""
-    windows = [values[max(0, i - width + 1) : i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
-def panel(ax, title: str) -> None:
-    ax.set_title(title, loc="left", fontsize=10, color=INK)
-    ax.tick_params(which="both", colors=INK, labelsize=8)
-    ax.patch.set_alpha(0)
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
+REWARDS = [reward.__name__ for reward in REWARD_FUNCS]
+NAMES = [reward.removesuffix("_reward_func") for reward in REWARDS]
+PERFECT = {"completions": [[{"content": EXAMPLES[0][1]}]], "answer": ["18"]}
+MOST = [reward(**PERFECT)[0] for reward in REWARD_FUNCS]  # what a perfect completion earns
+COLORS = ["#128c8c", "#e07b16", "#2a962a", "#8e5fbc", "#8c564b"]  # of the rewards
+ACCURACY = {"lenient": "#1f6fb4", "strict": "#d62728"}
+INK, MARK, TAIL = "#333a42", "#f3f58c", "#8f9600"
+PARTS = ["#5b6b7f", INK, "#aeb8c3", "#8d9bab", INK, "#c3cbd3", "#dde2e7"]  # of a step
+LINES = "Horizontal: step. Thin: each step. Bold: mean of the last five steps. Dotted: maximum."
+INKED = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
+rcParams |= dict.fromkeys(INKED, INK) | {"figure.titlesize": 11.5, "figure.titleweight": "bold"}
+rcParams |= {"font.size": 8.6, "figure.dpi": 200}  # 12 pixels in README's column of 800 pixels
+rcParams |= {"axes.titlesize": 8.6, "axes.titlelocation": "left", "text.parse_math": False}
+rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlepad": 4}
+rcParams |= {"figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.08}
+rcParams["figure.constrained_layout.h_pad"] = 0.06
 
 
-def save(figure, file: str) -> None:
-    figure.tight_layout()
-    figure.savefig(HERE / file, dpi=130, transparent=True, metadata={"Software": None})
+def read(run: str, file: str):
+    return json.loads((HERE / "runs" / run / file).read_text())
 
 
-def draw_time(ax, metrics: list[dict], timers: dict[str, list[float]]) -> None:
-    """Draw the parts of a step as bars, the five rewards one by one below them."""
-    parts = time_split(metrics, timers)
-    total = sum(parts.values())
-    rewards = [(name, sum(timers[f"{name}_reward_func"]) / len(metrics)) for name in REWARDS]
-    rows = [(name, seconds, COLORS[0]) for name, seconds in parts.items()]
-    rows += [(f"  {name}", seconds, COLORS[4]) for name, seconds in rewards]
-    names, seconds, colors = zip(*reversed(rows), strict=True)
-    ax.barh(names, [1000 * t for t in seconds], color=colors)
-    ax.set_xscale("log")
-    for i, t in enumerate(seconds):
-        text = f"{100 * t / total:.2g}%" if t / total >= 1e-5 else "< 0.001%"
-        ax.text(1000 * t * 1.15, i, text, va="center", fontsize=7, color=INK)
-    ax.set_xlim(right=ax.get_xlim()[1] * 4)
-    panel(ax, f"milliseconds of a step of {total:.2f} s")
+def save(figure: Figure, file: Path) -> None:
+    """Write a picture with few colours: a small file, the same bytes every time."""
+    figure.savefig(file, metadata={"Software": None})
+    Image.open(file).convert("RGB").quantize(255).save(file, optimize=True)
 
 
-def draw_rewards(ax, metrics: list[dict]) -> None:
-    for reward, most, color in zip(REWARDS, [0.5, 0.5, 0.5, 0.5, 2.0], COLORS, strict=True):
-        curve = smooth([m[f"rewards/{reward}_reward_func/mean"] / most for m in metrics])
-        ax.plot(range(1, len(metrics) + 1), curve, color=color, label=reward)
-    ax.set_ylim(top=1.05)
-    panel(ax, "rewards, of the most they pay")
+def head(figure: Figure, finding: str, note: str = "") -> None:
+    """Write the finding above a figure and a note below it."""
+    figure.suptitle(finding, x=0.01, ha="left")
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=rcParams["font.size"])
 
 
-def draw_accuracy(ax, metrics: list[dict], name: str) -> None:
-    """Draw lenient and strict accuracy, and for a Qwen run its stray closing tags."""
-    steps = range(1, len(metrics) + 1)
-    for key, color, label in (
-        ("lenient", COLORS[0], "lenient: right in any form"),
-        ("strict", COLORS[4], "strict: right and in tags"),
-    ):
-        ax.plot(steps, smooth([m[f"accuracy/{key}"] for m in metrics]), color=color, label=label)
-    if "qwen" in name:
-        ends = json.loads((HERE / "runs" / name / "endings.json").read_text())
-        ends = [ends[f"step {step}"] for step in steps]
-        tail = [sum(end.get(stray, 0) for stray in STRAY) / sum(end.values()) for end in ends]
-        label = "with </reasoning> after the answer"
-        ax.plot(steps, smooth(tail), color=COLORS[2], label=label)
-    ax.set_ylim(0, 1.05)
-    panel(ax, "share of the sampled completions")
+def result() -> None:
+    """Draw accuracy untrained, one-shot and trained: laptop run and real Qwen side by side."""
+    figure, names = Figure((8, 3.6)), ("Laptop model", "Qwen2.5-Coder-0.5B")
+    for ax, name, columns in zip(figure.subplots(1, 2), names, (LAPTOP, QWEN), strict=True):
+        measured = [evaluation["measurements"] for evaluation, _, _ in runs(columns)]
+        for i, (when, kind) in enumerate((w, k) for w in MEASURED for k in ACCURACY):
+            got = [m[when][f"{kind}_accuracy"] for m in measured]
+            got = got[:1] if "before" in when else got  # one untrained model for all seeds
+            x, mean = i // 2 + 0.4 * (i % 2), sum(g["value"] for g in got) / len(got)
+            ax.bar(x, 100 * mean, 0.38, color=ACCURACY[kind], alpha=0.8)
+            for j, g in enumerate(got):
+                low, high = g["interval"]
+                at, y = x + 0.05 * (2 * j + 1 - len(got)), (100 * low, 100 * g["value"], 100 * high)
+                ax.plot([at] * 3, y, "-o", color=INK, lw=1.3, ms=3.2, markevery=[1])
+            above = {"textcoords": "offset points", "ha": "center"}
+            top = 100 * max(g["interval"][1] for g in got)
+            ax.annotate(f"{mean:.1%}", (x, top), (0, 3), **above)
+            ax.annotate(kind, (x, 0), (0, -11), color=ACCURACY[kind], **above)
+        ax.set_xticks([0.2, 1.2, 2.2], ["untrained", "one-shot", "trained"], fontweight="bold")
+        ax.tick_params("x", length=0, pad=15)
+        questions = measured[0]["after_zero_shot"]["lenient_accuracy"]["n"]
+        ax.set_title(f"{name}: % right of {questions} test questions", pad=14)
+    note = (
+        "Lenient: the last number is right. Strict: the right number is inside the tags. One-shot:"
+    )
+    note += (
+        " untrained, one example\nin the prompt. Dots and lines: each run and its 95% interval. "
+    )
+    note += f"Laptop, trained: {len(LAPTOP)} seeds, the bars are means. The axes differ."
+    head(figure, "Format learned, reasoning not improved", note)
+    save(figure, HERE / "result.png")
 
 
-def p1(name: str = "laptop-42", file: str = "p1.png") -> None:
-    """Draw the time of a step, the five rewards, strict and lenient accuracy."""
-    metrics, timers = load(name)
-    widths = {"width_ratios": [1.15, 1, 1.3]}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 4.0), gridspec_kw=widths)
-    draw_time(left, metrics, timers)
-    draw_rewards(middle, metrics)
-    draw_accuracy(right, metrics, name)
-    labels = ("log scale", "step (means of the last five)", "step")
-    for ax, label in zip((left, middle, right), labels, strict=True):
-        ax.set_xlabel(label, color=INK, fontsize=8)
-    for ax, columns in ((middle, 2), (right, 1)):
-        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.17), "ncols": columns}
-        ax.legend(fontsize=7, frameon=False, labelcolor=INK, **below)
+def draw_curve(ax, values: list[float], color: str) -> None:
+    """Draw the mean of each step as a thin line and that of the last five steps as a bold one."""
+    steps = range(1, len(values) + 1)
+    fives = [values[max(0, step - 5) : step] for step in steps]
+    ax.plot(steps, values, color=color, alpha=0.35, lw=0.8)
+    ax.plot(steps, [sum(five) / len(five) for five in fives], color=color, lw=1.8)
+
+
+def draw_rewards(figure: Figure, metrics: list[dict]) -> None:
+    """Draw the sum of the rewards and each reward, over the steps, with the maximum of each."""
+    axes = figure.subplots(2, 3, sharex=True).flat
+    keys = ["reward", *(f"rewards/{reward}/mean" for reward in REWARDS)]
+    panels = zip(axes, keys, ["sum", *NAMES], [INK, *COLORS], [sum(MOST), *MOST], strict=True)
+    for ax, key, name, color, most in panels:
+        values = [m[key] for m in metrics]
+        draw_curve(ax, values, color)
+        ax.axhline(most, color=INK, lw=0.9, ls=":")
+        ax.set_ylim(min(0, *values) * 1.1, most * 1.08)
+        ax.set_title(f"{name}, at most {most:g}", color=color)
+
+
+def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
+    """Draw the timers of a run, under their names in W&B, and its rewards."""
+    figure, steps, parts = Figure((8, 7.4)), len(metrics), time_split(metrics, timers)
+    upper, lower = figure.subfigures(2, 1)
+    names = [next(name for name in timers if "generate" in name), *REWARDS]
+    axes = upper.subplots(2, 3, sharex=True).flat
+    for ax, name, color in zip(axes, names, [PARTS[0], *COLORS], strict=True):
+        calls = len(timers[name]) // steps
+        each = [sum(timers[name][i * calls : (i + 1) * calls]) for i in range(steps)]
+        unit, factor = ("seconds", 1) if max(each) > 0.1 else ("milliseconds", 1000)
+        ax.plot(range(1, steps + 1), [factor * t for t in each], color=color, lw=1.2)
+        ax.set(ylim=(0, None), ylabel=unit)
+        ax.set_title(name, color=color)
+    generate, five = (parts[part] / sum(parts.values()) for part in ("generate", "five rewards"))
+    head(upper, f"Generation takes {generate:.0%} of a step, the five rewards {five:.2%}")
+    draw_rewards(lower, metrics)
+    sums, ten = [m["reward"] for m in metrics], min(10, steps)
+    first, last = (f"{sum(end) / ten:.1f}" for end in (sums[:ten], sums[-ten:]))
+    finding = f"The sum of the rewards goes from {first} to {last}, of {sum(MOST):g}"
+    head(lower, f"{finding} (first and last {ten} steps)", LINES)
     save(figure, file)
 
 
-def write_rewards(ax, sample: dict) -> float:
-    """Write what each reward gave a completion; return where the text below may begin."""
-    values = [(name, sample[f"{name}_reward_func"]) for name in REWARDS]
-    total = sum(value for _, value in values)
-    rows = [*values, ("reward", total), ("advantage in its group", sample["advantage"])]
-    for i, (name, value) in enumerate(rows):
-        style = {"va": "top", "fontsize": 9, "fontweight": "bold" if i == len(values) else "normal"}
-        y, color = 0.05 + 0.24 * i, COLORS[2] if value > 0 else COLORS[4] if value < 0 else INK
-        ax.text(0, y, name, color=INK, **style)
-        ax.text(0.62, y, f"{value:+.3f}", ha="right", color=color, **style)
-    return 0.25 + 0.24 * len(rows)
+def wrap(text: str, marks: dict[int, tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Return the lines of a completion, each with its highlight and note; elide the middle."""
+    lines, paragraphs = [], text.split("\n")
+    for i, paragraph in enumerate(paragraphs, -len(paragraphs)):
+        mark, note = marks.get(i) or marks.get(i + len(paragraphs)) or ("", "")
+        over = " " * paragraph.index(mark) + "█" * len(mark)
+        for line in textwrap.wrap(paragraph + "↵" * (i < -1), 110):
+            lines.append((line, over[: len(line)], note))
+            over = over[len(line) + 1 :]  # without the space at which the line was broken
+    if len(lines) > 14:
+        lines[3:-5] = [(f"[... {len(lines) - 8} lines left out ...]", "", "")]
+    return lines
 
 
-def card(sample: dict, title: str, why: str, file: str) -> None:
-    """Draw a completion as it was sampled and its rewards; `\\n` marks its newlines."""
-    question = textwrap.fill(sample["question"], 76)
-    text = "\\n\n".join(textwrap.fill(line, 84) for line in sample["completion"].split("\n"))
-    line, top = 0.15, 0.35 + 0.15 * (1 + question.count("\n"))  # inches
-    height = max(3.2, top + line * (1 + text.count("\n")) + 0.35)
-    widths = {"width_ratios": [1.75, 1]}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), gridspec_kw=widths)
-    for ax in (left, right):
-        ax.axis("off")
-        ax.set_ylim(height - 0.35, 0)  # inches from the title down
-    title = f"{title} (step {sample['step']})"
-    left.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
-    plain = {"va": "top", "parse_math": False}
-    italic = plain | {"fontsize": 9, "color": INK, "style": "italic"}
-    left.text(0, 0.05, question, **italic)
-    left.text(0, top - 0.1, text, fontsize=8.5, family="monospace", color=COLORS[0], **plain)
-    right.text(0, write_rewards(right, sample), textwrap.fill(why, 56), **italic)
-    save(figure, file)
+def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -> None:
+    """Draw a completion as it was sampled, its answer, its rewards and the reason for each."""
+    values, got, gold = [sample[r] for r in REWARDS], sample["extracted"], sample["gold"]
+    tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+    earned = MOST[0] * sum(sample["completion"].count(tag) == 1 for tag in tags) / len(tags)
+    reasons[0] = f"tags earn {earned:.3f}, minus {earned - values[0]:.3f} " + reasons[0]
+    reasons.append(f"{got} is {'' if values[3] else 'not '}all digits, whether right or wrong")
+    reasons.append(f"{got} is {'' if values[4] else 'not '}the gold answer")
+    way = "more" if sample["advantage"] > 0 else "less"
+    reasons.append(f"advantage in its group {sample['advantage']:+.3f}: made {way} likely")
+    italic, mono = {"style": "italic"}, {"family": "monospace"}
+    rows = [(0.28, [(0.1, title, {"size": 11.5, "weight": "bold"})])]  # inches down, its texts
+    question = f"Step {sample['step']}. Question: {sample['question']}"
+    rows += [(0.19, [(0.1, line, italic)]) for line in textwrap.wrap(question, 124)] + [(0.12, [])]
+    for line, highlight, note in wrap(sample["completion"], marks):
+        texts = [(0.1, highlight, mono | {"color": MARK}), (0.1, line, mono), (1.5, note, italic)]
+        rows.append((0.18, texts))
+    rows.append((0.32, [(0.1, f"Gold answer: {gold}.  Extracted answer: {got}.", {})]))
+    table = ([*NAMES, "sum"], [*values, sum(values)], [*COLORS, INK], reasons)
+    for name, value, color, reason in zip(*table, strict=True):
+        number = (2.1, f"{value:+.3f}" if value else "0", {"ha": "right"})
+        name = (0.1, name, {"color": color, "weight": "bold"})
+        rows.append((0.205, [name, number, (2.25, reason, {})]))
+    height, y = sum(down for down, _ in rows) + 0.14, 0.0
+    figure = Figure((8, height))
+    for down, texts in rows:
+        y += down
+        for x, text, style in texts:
+            figure.text(x / 8, 1 - y / height, text, **style)
+    save(figure, HERE / file)
 
 
-def p2_and_p3(name: str = "qwen-half-b") -> None:
-    """Draw a correct but shallow answer from the end of a run, and a failure from its beginning."""
-    samples = json.loads((HERE / "runs" / name / "samples.json").read_text())
-    hacked = [s for s in samples if s["completion"].endswith(f"</answer>{STRAY[0]}")]
-    shallow = [s for s in hacked if s["simple_correctness_reward_func"] == 2][-1]
+def p2_and_p3(samples: list[dict]) -> None:
+    """Draw a correct but shallow completion of the last steps and a failure of the first ones."""
+    ended = [s for s in samples if s["completion"].endswith(f"</answer>{STRAY[0]}")]
+    shallow = [s for s in ended if s["simple_correctness_reward_func"]][-1]
     less = count_xml(shallow["completion"].removesuffix(STRAY[0]))
-    why = (
-        "The number is right, the sentences half make sense: correctness looks at the number "
-        "alone. Nobody asked for the second </reasoning>. It pays: ending in </answer>, the same "
-        f"text is penalized for its whole length and gets {less:.3f} from xmlcount instead of "
-        f"{shallow['xmlcount_reward_func']:.3f}."
-    )
-    card(shallow, "Correct, and shallow: Qwen2.5-Coder-0.5B", why, "p2.png")
+    false = re.search(r"She then took out[^.]*\.", shallow["completion"])[0]
+    marks = {1: (false, ""), -1: ("</reasoning>", "a stray tag that nobody asked for")}
+    reasons = [
+        f"for the stray tag; without that tag it would be {less:+.3f}",
+        "a reasoning block, then an answer block",
+        "the stray tag breaks the strict pattern",
+    ]
+    title = "Correct but shallow: contradicting the question is free, a stray tag pays"
+    card("p2.png", title, shallow, marks, reasons)
     ended = [s for s in samples[:10] if s["completion"].endswith("</answer>")]
-    lost = min(ended, key=lambda s: s["xmlcount_reward_func"])
-    why = (
-        "int pays for a number between the tags, right or wrong. But <reasoning> is never closed, "
-        "so both format rewards are 0. No newline follows </answer>, so xmlcount subtracts 0.001 "
-        f"for each of the {len(lost['completion']) - 1} characters before its last: more than all "
-        "its tags earn."
-    )
-    card(lost, "An early failure: Qwen2.5-Coder-0.5B", why, "p3.png")
+    failure = min(ended, key=lambda s: s[REWARDS[0]])
+    marks = {0: ("<reasoning>", "never closed"), -1: ("</answer>", "no newline after it")}
+    reasons = ["for the whole text, as no newline ends it", *["<reasoning> is never closed"] * 2]
+    title = "An early failure: wrong, never closed, and penalized for its whole length"
+    card("p3.png", title, failure, marks, reasons)
+
+
+def p4(run: str) -> None:
+    """Draw the rewards of the real Qwen, its accuracies and its stray closing tag."""
+    figure, metrics = Figure((8, 6.0)), runs({run: run})[0][1]
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1.6, 1])
+    draw_rewards(upper, metrics)
+    left, right = lower.subplots(1, 2, sharey=True)
+    for (kind, color), y in zip(ACCURACY.items(), (90, 78), strict=True):
+        draw_curve(left, [100 * m[f"accuracy/{kind}"] for m in metrics], color)
+        left.text(1, y, kind, color=color)
+    left.set_title("right answers, % of completions")
+    ends = [read(run, "endings.json")[f"step {step}"] for step in range(1, len(metrics) + 1)]
+    tails = [sum(end.get(tail, 0) for tail in STRAY) / sum(end.values()) for end in ends]
+    draw_curve(right, [100 * tail for tail in tails], TAIL)
+    right.set_title("a stray </reasoning> after the answer, % of completions", color=TAIL)
+    right.set_ylim(0, 105)
+    head(upper, "Qwen's format rewards rise with a stray closing tag that rules out strict format")
+    head(lower, "", LINES)
+    save(figure, HERE / "p4.png")
+
+
+def time(names: dict[str, str]) -> None:
+    """Draw how the time of a step splits, as one bar for each run."""
+    figure, most = Figure((8, 2.8)), 0.0
+    for ax, (run, name) in zip(figure.subplots(2, 1), names.items(), strict=True):
+        ((_, metrics, record),) = runs({run: run})
+        parts, left, small = time_split(metrics, read(run, "timers.json")), 0.0, []
+        whole = sum(parts.values())
+        most = max(most, 100 * parts["five rewards"] / whole)
+        for (part, seconds), color in zip(parts.items(), PARTS, strict=True):
+            share = seconds / whole
+            ax.barh(0, share, left=left, color=color, edgecolor="white", lw=1.5)
+            if share < 0.01:
+                small.append(f"{part} {100 * share:.2g}%")
+            else:
+                dark = "white" if part == "generate" else INK
+                ax.text(left + share / 2, 0, f"{share:.0%}", color=dark, ha="center", va="center")
+                ax.text(left + share / 2, 0.5, part.replace(" ", "\n", 1), ha="center")
+            left += share
+        ax.text(0, -0.5, "Too small to see: " + ", ".join(small), va="top")
+        ax.set(xlim=(0, 1), ylim=(-0.4, 1.1))
+        ax.axis("off")
+        cores = record["hardware"]["cores"]
+        ax.set_title(f"{name}: {whole:.3g} s a step on {cores} cores", fontweight="bold")
+    head(figure, f"Generation is the largest part of a step; the rewards take {most:.2f}% at most")
+    save(figure, HERE / "time.png")
+
+
+def main() -> None:
+    """Draw README's pictures; or, with an output directory, the timers and rewards of that run."""
+    if len(sys.argv) > 1:
+        out = Path(sys.argv[1])
+        metrics, timers, _ = collect(out) if any(out.glob("wandb/*run-*/*.wandb")) else ([], {}, {})
+        if len(metrics) < 2:
+            print(f"error: {out} has no W&B files with two steps or more", file=sys.stderr)
+            sys.exit(2)
+        p1(out / "p1.png", metrics, timers)
+        return print(out / "p1.png")
+    laptop, qwen = LAPTOP["seed 42"], QWEN["seed 42"]
+    result()
+    p1(HERE / "p1.png", runs(LAPTOP)[0][1], read(laptop, "timers.json"))
+    p2_and_p3(read(qwen, "samples.json"))
+    p4(qwen)
+    time({laptop: "Laptop run", qwen: "Qwen2.5-Coder-0.5B"})
 
 
 if __name__ == "__main__":
-    p1()
-    p1("qwen-half-b", "p4.png")
-    p2_and_p3()
+    main()

@@ -1,5 +1,6 @@
 """The verdict on planted models, the intervals, what the evaluation keeps, README's tables."""
 
+import itertools
 import json
 import random
 import re
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 import grpo_demo
 from assets import tables
-from assets.evaluate import COLUMNS, Evaluation, explain, gain, share, summarize, verdict
+from assets.evaluate import (
+    COLUMNS,
+    Evaluation,
+    explain,
+    gain,
+    pass_at,
+    share,
+    summarize,
+    verdict,
+)
 from rewards import REWARD_FUNCS, score
 
 XML = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n{}\n</answer>\n"
@@ -172,6 +182,25 @@ def test_answers_are_kept_until_the_questions_change(tmp_path):
     assert kept.stat().st_mtime_ns != written
     read, _ = build(tmp_path, "--eval_samples", "5")
     assert read.evaluate(None, "before_zero_shot", one_shot=False) == rows
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_choices_with_a_right_answer(n):
+    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+        choices = list(itertools.combinations([True] * right + [False] * (n - right), k))
+        assert pass_at(k, n, right) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_sampled_answers_are_counted_by_question(tmp_path):
+    evaluation, trainer = build(tmp_path, "--eval_samples", "6")
+    evaluation.sample(trainer, "one_shot", one_shot=True, n=4)
+    evaluation.evaluate(trainer, "one_shot", one_shot=True)
+    found = evaluation.report()["pass"]["one_shot"]
+    for kind in ("strict_accuracy", "lenient_accuracy"):
+        values = [found[kind][k]["value"] for k in (1, 2, 4)]
+        assert values == sorted(values) and 0 < values[0] < 1
+        assert values[0] * 24 == pytest.approx(round(values[0] * 24))  # of 6 x 4 answers
+        assert values[2] * 6 == pytest.approx(round(values[2] * 6))  # of 6 questions
 
 
 def report(out, **measured: list[dict]) -> dict:
