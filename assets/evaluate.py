@@ -182,7 +182,7 @@ class Evaluation:
     def print_passed(self) -> None:
         """Print pass@k: a row for each k, a column for each measurement and way to read answers."""
         columns = {
-            f"{name.replace('_', ' ')}, {kind.split('_')[0]}": shares
+            f"{name.split('_')[0]}, {kind[:-9]}": shares  # strict, lenient
             for name, kinds in self.passed.items()
             for kind, shares in kinds.items()
         }

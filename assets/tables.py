@@ -17,6 +17,7 @@ from rewards import EXAMPLES, REWARD_FUNCS  # noqa: E402
 # title of the column: folder in assets/runs
 LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}
 QWEN = {"seed 42": "qwen-half-b"}
+PASSED = {t: name for t, name in LAPTOP.items() if (HERE / f"runs/pass/{name}.json").exists()}
 # a closing tag after the answer, in endings.json
 STRAY = ["\n</reasoning>", "\n</reasoning> (the only one)"]
 MEASURED = {
@@ -101,6 +102,37 @@ def course(
     seconds = [f"{record['seconds']:.0f}" for _, _, record in runs(columns)]
     rows.append(["seconds from the first step to the verdict", *seconds])
     return table([title, *columns], rows)
+
+
+def pass_at_k(model: str, prompt: str, kind: str) -> dict[int, dict]:
+    """Return k -> value, n and interval of a model of assets/runs/pass."""
+    record = json.loads((HERE / "runs/pass" / f"{model}.json").read_text())
+    return {int(k): cell for k, cell in record["pass"][prompt][f"{kind}_accuracy"].items()}
+
+
+def passed() -> str:
+    """Return pass@k of the laptop model: untrained with both prompts, trained at three seeds."""
+    columns = {
+        "untrained, lenient": pass_at_k("untrained", "zero_shot", "lenient"),
+        "untrained, one-shot, strict": pass_at_k("untrained", "one_shot", "strict"),
+    }
+    for title, name in PASSED.items():
+        columns[f"trained, {title}, strict"] = pass_at_k(name, "zero_shot", "strict")
+    ks = list(next(iter(columns.values())))
+    rows = [[k, *(interval(cells[k]) for cells in columns.values())] for k in ks]
+    text = table(["k", *columns], rows)
+    _, shot, *trained = columns.values()
+    one = sum(cells[1]["value"] for cells in trained) / len(trained)
+    enough = next((k for k in ks if shot[k]["value"] >= one), None)
+    last = sum(cells[ks[-1]]["value"] for cells in trained) / len(trained)
+    times = f"{enough} sample{'s' if enough != 1 else ''}" if enough else f"over {ks[-1]} samples"
+    said = (
+        f"With one sample the trained models answer {one:.1%} right (mean of the seeds); the "
+        f"untrained model with one example reaches that with {times}. "
+        f"With {ks[-1]} samples the trained models reach "
+        f"{last:.1%}, the untrained one {shot[ks[-1]]['value']:.1%}."
+    )
+    return text + "\n" + "\n".join(textwrap.wrap(said, 120)) + "\n"
 
 
 def tails(name: str) -> str:
@@ -268,7 +300,7 @@ def benchmark() -> str:
     return "\n\n".join(["\n".join(textwrap.wrap(text, 100)), split, *gpu]) + "\n"
 
 
-TABLES = [results, examples, group, course, qwen]
+TABLES = [results, passed, examples, group, course, qwen]
 TABLES += [settings, parts, updates, benchmark, reliability]
 
 

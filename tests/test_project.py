@@ -13,7 +13,6 @@ from pathlib import Path
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-REMOVED = {"reasoning/steps", "reasoning/valid_steps"}  # metrics in old records only
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("assets/**/*.py")]
@@ -51,7 +50,7 @@ def test_ci_runs_readmes_test_command():
 
 def test_every_logged_metric_is_in_the_glossary():
     lines = (ROOT / "assets/runs/laptop-42/metrics.jsonl").read_text().splitlines()
-    logged = {name for line in lines for name in json.loads(line)} - {"runtime"} - REMOVED
+    logged = {name for line in lines for name in json.loads(line)} - {"runtime"}
     shown = {re.sub(r"rewards/\w+_reward_func/", "rewards/<name>/", name) for name in logged}
     glossary = README[README.index("## In W&B") : README.index("## Reliability")]
     assert "accuracy/strict" in shown

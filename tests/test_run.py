@@ -179,7 +179,7 @@ def test_the_log_is_short_and_fits_in_80_columns(laptop):
     lines = laptop[1].splitlines()
     print(f"{len(laptop[1]):,} bytes in {len(lines)} lines")
     assert len(laptop[1]) + len(laptop[-1]) < 40_000
-    paths = ("output", "look at", "upload")
+    paths = ("output", "W&B", "look at", "upload", "chat = ")
     assert [line for line in lines if len(line) > 80 and not line.startswith(paths)] == []
     progress = [line for line in lines if re.match(r"\d+/60 ", line)]
     assert 10 <= len(progress) <= 30 and progress[-1].startswith("60/60 ")
