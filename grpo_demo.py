@@ -233,6 +233,12 @@ def read_row(row: str | dict) -> dict[str, str]:
     return {"question": row["question"], "answer": gold}
 
 
+def is_local(name: str) -> bool:
+    """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
+    parent = os.path.dirname(name)
+    return os.path.exists(name) or "/" in parent or os.path.isdir(parent) or ".json" in name
+
+
 def get_gsm8k_questions(
     split: str = "train",
     dataset_name: str = DATASET_NAME,
@@ -245,9 +251,8 @@ def get_gsm8k_questions(
     """
     where = f"{dataset_name!r} (a hub id, or a folder with {split}.jsonl; in {os.getcwd()})"
     where += " (--evaluate False needs none)" if split == "test" else ""
-    parent = os.path.dirname(dataset_name)  # of openai/gsm8k: openai
     with one_line_errors(f"no split {split!r} in dataset {where}"):
-        if os.path.isdir(dataset_name) or "/" in parent or os.path.isdir(parent):
+        if is_local(dataset_name):
             path = Path(dataset_name, f"{split}.jsonl")
             lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
             raw = [line for line in lines if line.strip()]
@@ -277,6 +282,8 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
     with one_line_errors(f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"):
+        if is_local(name) and not os.path.isdir(name):
+            raise FileNotFoundError("no such folder")
         adapter = find_adapter_config_file(name, revision=revision)
         auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
         model = auto.from_pretrained(
@@ -324,7 +331,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
 
 def check_prompts(args: DemoConfig, model: PreTrainedModel, tokenizer: Tokenizer, rows: Dataset):
-    """Warn of long prompts and of control tokens; ValueError if a prompt leaves no room."""
+    """Warn of long prompts and of control tokens; UserError if a prompt leaves no room."""
     ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)
     lengths = [len(prompt) for prompt in ids["input_ids"]]
     if long := sum(n > args.max_prompt_length for n in lengths):
@@ -335,7 +342,8 @@ def check_prompts(args: DemoConfig, model: PreTrainedModel, tokenizer: Tokenizer
         say(f"warning: {ends} questions have tokens that end a turn", error=True)
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     if (longest := max(lengths) + args.max_completion_length) > positions:
-        raise ValueError(f"prompt and completion of {longest} tokens, {positions} positions")
+        room = f"a prompt and its completion may take {longest} tokens"
+        raise UserError(f"{room}, the model takes {positions}: lower --max_completion_length")
 
 
 def build_trainer(
@@ -402,8 +410,8 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     config = keep.describe(args, model_args, rows, SYSTEM_PROMPT, rewards.__file__)
     with keep.run(args, config) as kept:
         trainer = build_trainer(args, model_args, rows, evaluation and evaluation.questions)
-        kept.watch(trainer)
         trainer.add_callback(terminal.Terminal(trainer, args.print_steps))
+        kept.watch(trainer)
         terminal.banner(trainer, model_args)
         if evaluation:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)

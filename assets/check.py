@@ -6,6 +6,7 @@ What libraries refuse when the command line is read is left to them.
 import json
 import math
 import os
+from importlib.util import find_spec
 
 import torch
 import trl
@@ -100,6 +101,8 @@ def values(args: object) -> None:
 
 def tools(args: trl.GRPOConfig) -> None:
     """Raise UserError if optimizer, scheduler, sampling or a logger cannot be made."""
+    if args.use_vllm and not find_spec("vllm"):
+        raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
     with one_line_errors(f"--optim {args.optim}"):
         Trainer.get_optimizer_cls_and_kwargs(args)
     with one_line_errors(f"--lr_scheduler_type {args.lr_scheduler_type}"):

@@ -133,9 +133,10 @@ class Run(WandbCallback):
 
     def on_signal(self, number, frame):
         if self.signal or not self.trainer.is_in_train:  # the second one, or nothing to save
-            say("\nstopped; the same command resumes from the last checkpoint", error=True)
+            say("\nstopped; the same command resumes", error=True)
             raise SystemExit(128 + number)
         self.signal = number
+        say("\nfinishing the step, then saving; a second signal stops at once", error=True)
 
     def last_logged_step(self) -> int:
         """Return the last step in the W&B files of a stopped run, 0 if there is none."""

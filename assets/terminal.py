@@ -65,11 +65,13 @@ class Terminal(TrainerCallback):
     """Shows the progress of training, in place of transformers' and TRL's own output."""
 
     def __init__(self, trainer: GRPOTrainer, print_steps: int):
-        self.trainer, self.print_steps = trainer, print_steps
+        self.trainer, self.print_steps, self.bar = trainer, print_steps, None
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            return
         self.start, self.first = time.time(), state.global_step
         quiet = args.disable_tqdm or not sys.stderr.isatty() or not state.is_world_process_zero
         form = "{n_fmt}/{total_fmt} {remaining} left {desc}"
@@ -98,4 +100,5 @@ class Terminal(TrainerCallback):
                 Console().print(sample(self.trainer, step))
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
