@@ -31,7 +31,7 @@ SMALL = (
 STEPS = 14
 FLAGS = (*SMALL, "--max_steps", STEPS, "--save_steps", 1)
 BRIEF = (*SMALL, "--evaluate", "False", "--save_strategy", "no")
-KILLS = int(os.environ.get("KILLS", 5))
+KILLS = int(os.environ.get("KILLS", 4))
 
 
 def same(a: Path, b: Path, name: str = "model.safetensors") -> bool:
