@@ -31,7 +31,6 @@ The training step matches the gist's on TRL 0.14. These differences change what 
 """
 
 import json
-import math
 import os
 import sys
 import warnings
@@ -55,6 +54,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantiz
 
 import rewards
 from assets import check, keep, memory, terminal
+from assets.claim import describe
 from assets.errors import UserError, one_line_errors, say
 from assets.evaluate import Evaluation, write_card
 
@@ -143,15 +143,6 @@ XML_COT_FORMAT = """\
 {answer}
 </answer>
 """
-TALK = """
-talk to the model:
-python - <<'EOF'
-from transformers import pipeline
-from grpo_demo import make_prompt
-chat = pipeline("text-generation", "{}", max_new_tokens=256)
-q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
-print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
-EOF"""
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
@@ -330,22 +321,6 @@ class GRPOTrainer(trl.GRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
 
-def check_prompts(args: DemoConfig, model: PreTrainedModel, tokenizer: Tokenizer, rows: Dataset):
-    """Warn of long prompts and of control tokens; UserError if a prompt leaves no room."""
-    ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)
-    lengths = [len(prompt) for prompt in ids["input_ids"]]
-    if long := sum(n > args.max_prompt_length for n in lengths):
-        over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
-        say(f"warning: {over} (up to {max(lengths)}); they are kept whole", error=True)
-    special = tokenizer.all_special_tokens
-    if ends := sum(any(token in q for token in special) for q in rows["question"]):
-        say(f"warning: {ends} questions have tokens that end a turn", error=True)
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if (longest := max(lengths) + args.max_completion_length) > positions:
-        room = f"a prompt and its completion may take {longest} tokens"
-        raise UserError(f"{room}, the model takes {positions}: lower --max_completion_length")
-
-
 def build_trainer(
     args: DemoConfig, model_args: ModelConfig, rows: Dataset, held_out: Dataset | None = None
 ) -> GRPOTrainer:
@@ -359,7 +334,7 @@ def build_trainer(
     if model_args.model_revision != "main":  # TRL loads the reference model by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
     with one_line_errors("TRL refuses these settings"):
-        check_prompts(args, model, tokenizer, rows)
+        check.prompts(args, model, tokenizer, rows)
         trainer = GRPOTrainer(
             model=model,
             args=args,
@@ -369,13 +344,7 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
         )
-    cast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    dtypes = {p.dtype for p in trainer.model.parameters()}
-    if args.use_transformers_continuous_batching and cast and dtypes != {cast}:
-        raise UserError(
-            f"continuous batching would cast weights in training to {cast}: add --bf16 False "
-            "--fp16 False, or train in bfloat16, without LoRA"
-        )
+    check.cast(trainer)
     return trainer
 
 
@@ -407,7 +376,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     evaluation = build_evaluation(args, model_args) if args.evaluate else None
     if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
         raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
-    config = keep.describe(args, model_args, rows, SYSTEM_PROMPT, rewards.__file__)
+    config = describe(args, model_args, rows, SYSTEM_PROMPT, rewards.__file__)
     with keep.run(args, config) as kept:
         trainer = build_trainer(args, model_args, rows, evaluation and evaluation.questions)
         trainer.add_callback(terminal.Terminal(trainer, args.print_steps))
@@ -423,7 +392,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
             evaluation.evaluate(trainer, after, one_shot=args.one_shot)
             evaluation.report()
         trainer.create_model_card()
-    say(TALK.format(args.output_dir))
+    say(terminal.TALK.format(args.output_dir))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,11 +11,18 @@ from importlib.util import find_spec
 import torch
 import trl
 import wandb
-from transformers import GenerationConfig, Trainer, get_scheduler
+from datasets import Dataset
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    get_scheduler,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import TrlParser
 
-from assets.errors import UserError, one_line_errors
+from assets.errors import UserError, one_line_errors, say
 
 REFUSED = {
     "trust_remote_code": "the script runs no code from a model's repository",
@@ -122,3 +129,33 @@ def tools(args: trl.GRPOConfig) -> None:
             raise ValueError(f"unknown: {', '.join(bad)}")
         if not 0 < sampling.get("temperature", 1.0) < math.inf:
             raise ValueError("the temperature must be above 0")
+
+
+def prompts(
+    args: trl.GRPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+) -> None:
+    """Warn of long prompts and of control tokens; UserError if a prompt leaves no room."""
+    ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)
+    lengths = [len(prompt) for prompt in ids["input_ids"]]
+    if long := sum(n > args.max_prompt_length for n in lengths):
+        over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
+        say(f"warning: {over} (up to {max(lengths)}); they are kept whole", error=True)
+    special = tokenizer.all_special_tokens
+    if ends := sum(any(token in q for token in special) for q in rows["question"]):
+        say(f"warning: {ends} questions have tokens that end a turn", error=True)
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if (longest := max(lengths) + args.max_completion_length) > positions:
+        room = f"a prompt and its completion may take {longest} tokens"
+        raise UserError(f"{room}, the model takes {positions}: lower --max_completion_length")
+
+
+def cast(trainer: trl.GRPOTrainer) -> None:
+    """Raise UserError if continuous batching would cast the weights that are trained."""
+    args = trainer.args
+    wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtypes = {p.dtype for p in trainer.model.parameters()}
+    if args.use_transformers_continuous_batching and wanted and dtypes != {wanted}:
+        raise UserError(
+            f"continuous batching would cast weights in training to {wanted}: add --bf16 False "
+            "--fp16 False, or train in bfloat16, without LoRA"
+        )

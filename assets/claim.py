@@ -8,11 +8,13 @@ import zipfile
 from contextlib import suppress
 from datetime import datetime
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
 
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig
 from wandb.sdk.lib.runid import generate_id
 
 from assets.errors import UserError, say
@@ -28,6 +30,25 @@ FREE_SETTINGS = """
 """
 LOCK, OWNER = ".lock", ".owner"
 HELD = []  # locks, until the process ends, however it ends
+
+
+def describe(
+    args: GRPOConfig, model_args: ModelConfig, rows: Dataset, system_prompt: str, rewards: str
+) -> dict:
+    """Return all settings of a run, with fingerprints of data, rewards file and local model."""
+
+    def fingerprint(value: object) -> str:
+        return sha256(repr(value).encode()).hexdigest()[:12]
+
+    folder, config = Path(model_args.model_name_or_path), vars(model_args).copy()
+    files = [f for end in ("safetensors", "json", "jinja") for f in folder.glob(f"*.{end}")]
+    config |= args.to_sanitized_dict() | {"system_prompt": system_prompt}
+    return config | {
+        "world_size": args.world_size,
+        "data": fingerprint(rows.to_dict()),
+        "rewards.py": fingerprint(Path(rewards).read_bytes()),
+        "model": fingerprint(sorted((f.name, f.stat().st_size, f.stat().st_mtime) for f in files)),
+    }
 
 
 def claim(args: GRPOConfig, config: dict) -> tuple[dict, str | None]:

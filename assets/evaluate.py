@@ -1,10 +1,6 @@
-"""Evaluate a model on the test questions: generate greedily, score, tell format from reasoning.
-
-`Evaluation` does all of it for `grpo_demo.py`; `verdict` is the rule that says what was learned.
-"""
+"""Evaluate a model on the test questions: generate, score, keep, report; and the model card."""
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -26,11 +22,10 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from assets.errors import first_process, say, write_json
+from assets.measure import explain, mean, pass_at, summarize, table, verdict
 from rewards import score
 
 GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
-Z = 1.96  # 95% intervals
-COLUMNS = [*score("", ""), "truncated", "tokens"]
 
 
 def quiet(trainer: GRPOTrainer, greedy: bool) -> GRPOTrainer:
@@ -96,6 +91,7 @@ class Evaluation:
         self.questions, self.make_prompt, self.out = questions, make_prompt, Path(args.output_dir)
         names = ("dataset_name", "max_completion_length", "seed", "output_dir", "use_vllm")
         self.settings = {"model": model_name} | {name: getattr(args, name) for name in names}
+        self.asked = list(zip(questions["question"], questions["answer"], strict=True))
         self.measured: dict[str, list[dict]] = {}
         self.passed: dict[str, dict] = {}
 
@@ -108,24 +104,24 @@ class Evaluation:
         """
         path = self.out / "evaluation" / f"{name}.parquet"
 
-        asked = list(zip(self.questions["question"], self.questions["answer"], strict=True))
-
         def kept() -> list[dict]:
             try:
                 rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
-                summarize(rows or [score("", "") | {"truncated": True, "tokens": 0}])
-                return rows if [(row["question"], row["gold"]) for row in rows] == asked else []
+                if rows:
+                    summarize(rows)  # all columns are there
+                same = [(row["question"], row["gold"]) for row in rows] == self.asked
+                return rows if same else []
             except Exception as error:  # whatever a library makes of a damaged file
                 say(f"warning: {path} is damaged, measured again: {error}", error=True)
                 return []
 
         if not (rows := first_process(kept)):
-            prompts = [self.make_prompt(question, one_shot) for question, _ in asked]
+            prompts = [self.make_prompt(question, one_shot) for question, _ in self.asked]
             size = trainer.args.per_device_eval_batch_size
             made = generate(trainer, prompts, size, f"evaluate {name}")
             rows = [
                 {"question": question, "gold": gold, **row, **score(row["completion"], gold)}
-                for (question, gold), row in zip(asked, made, strict=True)
+                for (question, gold), row in zip(self.asked, made, strict=True)
             ]
             if PartialState().is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,22 +135,20 @@ class Evaluation:
 
         With n samples a question; mean over the questions and its 95% interval.
         """
-        asked = list(zip(self.questions["question"], self.questions["answer"], strict=True))
-        prompts = [self.make_prompt(question, one_shot) for question, _ in asked for _ in range(n)]
+        asked = [pair for pair in self.asked for _ in range(n)]
+        prompts = [self.make_prompt(question, one_shot) for question, _ in asked]
         size = trainer.args.per_device_eval_batch_size
         made = generate(trainer, prompts, size, f"sample {name}", greedy=False)
-        golds = [gold for _, gold in asked for _ in range(n)]
-        scores = [score(m["completion"], gold) for m, gold in zip(made, golds, strict=True)]
+        pairs = zip(made, asked, strict=True)
+        scores = [score(row["completion"], gold) for row, (_, gold) in pairs]
         result = self.passed[name] = {}
         for kind in ("strict_accuracy", "lenient_accuracy"):
             right = [sum(row[kind] for row in scores[i : i + n]) for i in range(0, len(scores), n)]
             result[kind] = {}
             for k in (2**i for i in range(n.bit_length()) if 2**i <= n):
-                shares = [pass_at(k, n, count) for count in right]
-                mean = sum(shares) / len(shares)
-                half = Z * math.sqrt(sum((x - mean) ** 2 for x in shares)) / len(shares)
-                interval = [max(0.0, mean - half), min(1.0, mean + half)]
-                result[kind][k] = {"value": mean, "n": n, "interval": interval}
+                cell = mean([pass_at(k, n, count) for count in right])
+                low, high = cell["interval"]
+                result[kind][k] = cell | {"n": n, "interval": [max(0.0, low), min(1.0, high)]}
 
     def report(self) -> dict:
         """Print the table and, after training, the verdict; keep both in `evaluation.json`, W&B."""
@@ -211,26 +205,6 @@ class Evaluation:
         wandb.log({"eval/chart": wandb.plot.bar(bars, "measurement", "accuracy", title=title)})
 
 
-def pass_at(k: int, n: int, right: int) -> float:
-    """Return the chance that k of n samples, `right` of them right, hold a right one.
-
-    Unbiased for pass@k. Source: Chen et al. 2021, arXiv 2107.03374.
-    """
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def table(measurements: dict[str, dict], form: str) -> list[list[str]]:
-    """Return the texts of a table: a header, then each figure in `form`, with its interval."""
-    (n,) = {m["soft_format"]["n"] for m in measurements.values()}
-    rows = [[f"{n} questions", *(name.replace("_", " ") for name in measurements)]]
-    for column in COLUMNS:
-        cells = [m[column] for m in measurements.values()]
-        unit = form.replace("%", "f") if column == "tokens" else form
-        texts = [unit.format(cell["value"], *cell["interval"]) for cell in cells]
-        rows += [[column.replace("_", " "), *texts]]
-    return rows
-
-
 def write_card(args: GRPOConfig, model_name: str) -> None:
     """Write the model card, README.md: model, data, command, and the evaluation if there is one."""
     on_hub = {"base_model": model_name, "datasets": args.dataset_name}
@@ -252,85 +226,3 @@ def write_card(args: GRPOConfig, model_name: str) -> None:
         lines += ["Test questions, greedy answers; in brackets 95% intervals."]
         lines += [f"Learned: {result['verdict']}.", *result["sentences"]]
     (out / "README.md").write_text("\n\n".join(lines) + "\n")
-
-
-def share(rows: list[dict], column: str) -> float:
-    """Return the share of rows in which `column` is true, from 0 to 1."""
-    return sum(row[column] for row in rows) / len(rows)
-
-
-def summarize(rows: list[dict]) -> dict[str, dict]:
-    """Return value, n and 95% interval of each column of one measurement.
-
-    Wilson's interval (1927) for shares; mean +- 1.96 standard errors for `tokens`.
-    """
-    n, result = len(rows), {}
-    for column in COLUMNS[:-1]:
-        p, zz = share(rows, column), Z * Z / n
-        center, half = p + zz / 2, Z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-        interval = [(center - half) / (1 + zz), (center + half) / (1 + zz)]
-        result[column] = {"value": p, "n": n, "interval": interval}
-    mean = sum(row["tokens"] for row in rows) / n
-    half = Z * math.sqrt(sum((row["tokens"] - mean) ** 2 for row in rows)) / n
-    return result | {"tokens": {"value": mean, "n": n, "interval": [mean - half, mean + half]}}
-
-
-def gain(column: str, before: list[dict], after: list[dict]) -> list[float]:
-    """Return the difference of two shares on the same questions, and its paired 95% interval.
-
-    Source: Agresti and Min 2005.
-    """
-    changes = [int(a[column]) - int(b[column]) for b, a in zip(before, after, strict=True)]
-    n = len(changes)
-    center = sum(changes) / (n + 2)
-    half = Z * math.sqrt(((sum(map(abs, changes)) + 1) / (n + 2) - center**2) / (n + 2))
-    return [sum(changes) / n, max(-1.0, center - half), min(1.0, center + half)]
-
-
-def verdict(*, before: list[dict], control: list[dict], after: list[dict]) -> dict:
-    """Say how much of the gain in strict accuracy is due to format and how much to reasoning.
-
-    before   the untrained model with the prompt used in training
-    control  the untrained model with the other prompt: with an example, or without one
-    after    the trained model
-
-    Reasoning is the gain in lenient accuracy over the better of the two untrained prompts. Format
-    is the rest: answers that were right but not in tags. A part counts as learned if its 95%
-    interval lies above zero; for the format, that of soft or strict format.
-    """
-    columns = ("strict_accuracy", "soft_format", "strict_format")
-    gains = {column: gain(column, before, after) for column in columns}
-    lenient = [share(rows, "lenient_accuracy") for rows in (before, control)]
-    best = before if lenient[0] > lenient[1] else control
-    gains["reasoning"] = gain("lenient_accuracy", best, after)
-    gains["format"] = gains["strict_accuracy"][0] - gains["reasoning"][0]
-    lows = {
-        "format": max(gains["soft_format"][1], gains["strict_format"][1]),
-        "reasoning": gains["reasoning"][1],
-    }
-    learned = " and ".join(part for part, low in lows.items() if low > 0) or "neither"
-    return {"verdict": learned, "gain": gains, "best_untrained": max(lenient)}
-
-
-def explain(result: dict, measurements: dict[str, dict]) -> list[str]:
-    """Return the verdict in three sentences; `measurements` are those of `evaluation.json`."""
-    after = list(measurements)[-1]
-    before = after.replace("after", "before")
-
-    def went(column: str, gain: str, start: float | None = None) -> str:
-        shares = [measurements[name][column]["value"] for name in (before, after)]
-        points = "{:+.1f} points [{:+.1f}, {:+.1f}]".format(
-            *(100 * x for x in result["gain"][gain])
-        )
-        return f"{shares[0] if start is None else start:.1%} to {shares[1]:.1%} ({points})"
-
-    shot = measurements["before_one_shot"]["strict_accuracy"]["value"]
-    form = 100 * result["gain"]["format"]
-    return [
-        f"Strict accuracy: {went('strict_accuracy', 'strict_accuracy')}; "
-        f"untrained, with one example in the prompt: {shot:.1%}.",
-        "Due to reasoning: lenient accuracy from the better untrained prompt, "
-        f"{went('lenient_accuracy', 'reasoning', result['best_untrained'])}.",
-        f"Due to format: {form:+.1f} points; soft format {went('soft_format', 'soft_format')}, "
-        f"strict format {went('strict_format', 'strict_format')}.",
-    ]

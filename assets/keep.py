@@ -18,15 +18,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 
 import wandb
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch.nn.utils import get_total_norm
 from transformers.integrations import WandbCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from assets.claim import claim, release
 from assets.errors import first_process, one_line_errors, say, write_json
@@ -36,25 +34,6 @@ DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # 
 
 class AtTheEnd(Exception):
     """The checkpoint that was loaded is that of the last step."""
-
-
-def describe(
-    args: GRPOConfig, model_args: ModelConfig, rows: Dataset, system_prompt: str, rewards: str
-) -> dict:
-    """Return all settings of a run, with fingerprints of data, rewards file and local model."""
-
-    def fingerprint(value: object) -> str:
-        return sha256(repr(value).encode()).hexdigest()[:12]
-
-    folder, config = Path(model_args.model_name_or_path), vars(model_args).copy()
-    files = [f for end in ("safetensors", "json", "jinja") for f in folder.glob(f"*.{end}")]
-    config |= args.to_sanitized_dict() | {"system_prompt": system_prompt}
-    return config | {
-        "world_size": args.world_size,
-        "data": fingerprint(rows.to_dict()),
-        "rewards.py": fingerprint(Path(rewards).read_bytes()),
-        "model": fingerprint(sorted((f.name, f.stat().st_size, f.stat().st_mtime) for f in files)),
-    }
 
 
 @contextmanager

@@ -22,6 +22,16 @@ from assets.errors import say
 LONG = 600  # characters; the middle of a longer completion is not shown
 LINES = 20  # progress lines of a run in a log file
 
+TALK = """
+talk to the model:
+python - <<'EOF'
+from transformers import pipeline
+from grpo_demo import make_prompt
+chat = pipeline("text-generation", "{}", max_new_tokens=256)
+q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
+print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
+EOF"""
+
 
 def banner(trainer: GRPOTrainer, model_args: ModelConfig) -> None:
     """Print what is about to run, and what it takes of the GPU."""

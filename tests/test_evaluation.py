@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 
 import grpo_demo
 from assets import tables
-from assets.evaluate import (
-    COLUMNS,
-    Evaluation,
-    explain,
-    gain,
-    pass_at,
-    share,
-    summarize,
-    verdict,
-)
+from assets.evaluate import Evaluation
+from assets.measure import COLUMNS, explain, gain, pass_at, share, summarize, verdict
 from rewards import REWARD_FUNCS, score
 
 XML = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n{}\n</answer>\n"

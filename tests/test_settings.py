@@ -105,7 +105,7 @@ def test_prompts_are_the_gists():
 def test_every_constant_is_a_flag(defaults):
     constants = {name.lower() for name in vars(grpo_demo) if name.isupper()}
     known = set(vars(defaults[0])) | set(vars(defaults[1]))
-    texts = {"talk", "system_prompt", "xml_cot_format", "one_shot_question", "one_shot_reasoning"}
+    texts = {"system_prompt", "xml_cot_format", "one_shot_question", "one_shot_reasoning"}
     assert constants - known == texts
 
 
