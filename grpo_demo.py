@@ -111,7 +111,7 @@ LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_
 EVALUATE = True  # False: train only
 EVAL_SAMPLES = 0  # questions; 0: all (1,319 in GSM8K)
 PER_DEVICE_EVAL_BATCH_SIZE = 128  # questions per generate call
-EVAL_GENERATIONS = 0  # with --eval_only: answers sampled per question, for pass@k; 0: none
+EVAL_GENERATIONS = 0  # answers sampled per question too, for pass@k; 0: none
 
 # Logging and saving
 REPORT_TO = "wandb"  # "none": off. Without a W&B key the run is kept offline
@@ -312,6 +312,8 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         texts, golds = [c[0]["content"] for c in completions], [row["answer"] for row in inputs]
+        self._log_completion_extra("question", [row["question"] for row in inputs])
+        self._log_completion_extra("text", texts)  # W&B shows both better than chat messages
         self._log_completion_extra("gold", golds)
         self._log_completion_extra("extracted", [rewards.extract_xml_answer(t) for t in texts])
         strict = sum(map(rewards.is_strict_correct, texts, golds)) / len(texts)
@@ -362,10 +364,9 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
     evaluation = build_evaluation(args, model_args)
     trainer = build_trainer(args, model_args, evaluation.questions)
+    terminal.banner(trainer, model_args)
     for name, one_shot in {"zero_shot": False, "one_shot": True}.items():
         evaluation.evaluate(trainer, name, one_shot)
-        if args.eval_generations:
-            evaluation.sample(trainer, name, one_shot, args.eval_generations)
     evaluation.report()
     say(f"kept in {args.output_dir}")
 

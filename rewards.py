@@ -160,7 +160,7 @@ def main() -> None:
         arguments = {"completions": [[{"role": "assistant", "content": text}]], "answer": ["18"]}
         rewards = [reward(**arguments)[0] for reward in REWARD_FUNCS]
         cells = "".join(f"{value:9.3f}" for value in [*rewards, sum(rewards)])
-        print(f"{name:>17}{cells}\n{'':19}{comment}: {text!r}")
+        print(f"\n{name:>17}{cells}\n  {comment}:\n  {text!r}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from copy import copy
 from pathlib import Path
 
 import pandas as pd
+import torch
 import trl
 import wandb
 from accelerate import PartialState
@@ -22,7 +23,7 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from assets.errors import first_process, say, write_json
-from assets.measure import explain, mean, pass_at, summarize, table, verdict
+from assets.measure import explain, mean, pass_at, sharpening, summarize, table, verdict
 from rewards import score
 
 GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
@@ -91,64 +92,69 @@ class Evaluation:
         self.questions, self.make_prompt, self.out = questions, make_prompt, Path(args.output_dir)
         names = ("dataset_name", "max_completion_length", "seed", "output_dir", "use_vllm")
         self.settings = {"model": model_name} | {name: getattr(args, name) for name in names}
+        self.samples = args.eval_generations
         self.asked = list(zip(questions["question"], questions["answer"], strict=True))
         self.measured: dict[str, list[dict]] = {}
         self.passed: dict[str, dict] = {}
 
     def evaluate(self, trainer: GRPOTrainer, name: str, one_shot: bool) -> list[dict]:
-        """Generate and score an answer to every question, with an example if `one_shot`.
+        """Measure greedy answers to all questions, with an example if `one_shot`; return them.
 
-        Returns a row per question: question, gold, completion, tokens, truncated and the four
-        columns of `rewards.score`. They are kept in `evaluation/<name>.parquet`, where a resumed
-        run finds them.
+        With `eval_generations` n also pass@k: is one of k sampled answers right, for k = 1, 2, 4,
+        ... n? Mean over the questions and its 95% interval.
         """
-        path = self.out / "evaluation" / f"{name}.parquet"
+        greedy = self.measured[name] = self.answer(trainer, name, one_shot)
+        if not (n := self.samples):
+            return greedy
+        rows, result = self.answer(trainer, name, one_shot, n), {}
+        for kind in ("strict_accuracy", "lenient_accuracy"):
+            right = [sum(row[kind] for row in rows[i : i + n]) for i in range(0, len(rows), n)]
+            result[kind] = {}
+            for k in (2**i for i in range(n.bit_length()) if 2**i <= n):
+                cell = mean([pass_at(k, n, count) for count in right])
+                low, high = cell["interval"]
+                result[kind][k] = cell | {"n": n, "interval": [max(0.0, low), min(1.0, high)]}
+        self.passed[name] = result
+        return greedy
+
+    def answer(
+        self, trainer: GRPOTrainer, name: str, one_shot: bool, samples: int = 0
+    ) -> list[dict]:
+        """Generate and score a greedy answer to every question, or `samples` sampled ones.
+
+        Returns a row per answer: question, gold, completion, tokens, truncated and the four columns
+        of `rewards.score`. They are kept in `evaluation/<name>.parquet`, where a resumed run finds
+        them. Sampling has random numbers of its own: training is the same with and without it.
+        """
+        path = self.out / "evaluation" / f"{name}{'_sampled' if samples else ''}.parquet"
+        asked = [pair for pair in self.asked for _ in range(samples or 1)]
 
         def kept() -> list[dict]:
             try:
                 rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
                 if rows:
                     summarize(rows)  # all columns are there
-                same = [(row["question"], row["gold"]) for row in rows] == self.asked
-                return rows if same else []
+                return rows if [(row["question"], row["gold"]) for row in rows] == asked else []
             except Exception as error:  # whatever a library makes of a damaged file
                 say(f"warning: {path} is damaged, measured again: {error}", error=True)
                 return []
 
         if not (rows := first_process(kept)):
-            prompts = [self.make_prompt(question, one_shot) for question, _ in self.asked]
-            size = trainer.args.per_device_eval_batch_size
-            made = generate(trainer, prompts, size, f"evaluate {name}")
+            prompts = [self.make_prompt(question, one_shot) for question, _ in asked]
+            args, title = trainer.args, f"{'sample' if samples else 'evaluate'} {name}"
+            with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+                torch.manual_seed(args.seed + args.process_index)
+                size = args.per_device_eval_batch_size
+                made = generate(trainer, prompts, size, title, greedy=not samples)
             rows = [
                 {"question": question, "gold": gold, **row, **score(row["completion"], gold)}
-                for (question, gold), row in zip(self.asked, made, strict=True)
+                for (question, gold), row in zip(asked, made, strict=True)
             ]
             if PartialState().is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pd.DataFrame(rows).to_parquet(path.with_suffix(".part"))
                 path.with_suffix(".part").rename(path)  # atomic: never a partial file
-        self.measured[name] = rows
         return rows
-
-    def sample(self, trainer: GRPOTrainer, name: str, one_shot: bool, n: int) -> None:
-        """Measure pass@k for k = 1, 2, 4, ... n: is one of k sampled answers right?
-
-        With n samples a question; mean over the questions and its 95% interval.
-        """
-        asked = [pair for pair in self.asked for _ in range(n)]
-        prompts = [self.make_prompt(question, one_shot) for question, _ in asked]
-        size = trainer.args.per_device_eval_batch_size
-        made = generate(trainer, prompts, size, f"sample {name}", greedy=False)
-        pairs = zip(made, asked, strict=True)
-        scores = [score(row["completion"], gold) for row, (_, gold) in pairs]
-        result = self.passed[name] = {}
-        for kind in ("strict_accuracy", "lenient_accuracy"):
-            right = [sum(row[kind] for row in scores[i : i + n]) for i in range(0, len(scores), n)]
-            result[kind] = {}
-            for k in (2**i for i in range(n.bit_length()) if 2**i <= n):
-                cell = mean([pass_at(k, n, count) for count in right])
-                low, high = cell["interval"]
-                result[kind][k] = cell | {"n": n, "interval": [max(0.0, low), min(1.0, high)]}
 
     def report(self) -> dict:
         """Print the table and, after training, the verdict; keep both in `evaluation.json`, W&B."""
@@ -166,6 +172,8 @@ class Evaluation:
                 before, control = control, before
             result |= verdict(before=before, control=control, after=after)
             result["sentences"] = explain(result, measurements)
+            if self.passed:
+                result["sentences"].append(sharpening(self.passed))
             for text in (f"\nlearned: {result['verdict']}", *result["sentences"]):
                 say(textwrap.fill(text, 80, replace_whitespace=False))
         if PartialState().is_main_process:
@@ -175,17 +183,12 @@ class Evaluation:
 
     def print_passed(self) -> None:
         """Print pass@k: a row for each k, a column for each measurement and way to read answers."""
-        columns = {
-            f"{name.split('_')[0]}, {kind[:-9]}": shares  # strict, lenient
-            for name, kinds in self.passed.items()
-            for kind, shares in kinds.items()
-        }
-        say("\npass@k" + "".join(f"{title:>18}" for title in columns))
-        for k in next(iter(columns.values())):
-            cells = [shares[k] for shares in columns.values()]
-            percent = [[100 * x for x in (c["value"], *c["interval"])] for c in cells]
-            texts = ["{:.1f}% [{:.0f}, {:.0f}]".format(*values) for values in percent]
-            say(f"k = {k:<2}" + "".join(f"{text:>18}" for text in texts))
+        cells = {name: list(kinds.values()) for name, kinds in self.passed.items()}
+        say("\npass@k " + "".join(f"{name.replace('_', ' '):>24}" for name in cells))
+        say("       " + f"{'strict':>12}{'lenient':>12}" * len(cells))
+        for k in next(iter(cells.values()))[0]:
+            shares = [column[k]["value"] for columns in cells.values() for column in columns]
+            say(f"k = {k:<3}" + "".join(f"{share:>12.1%}" for share in shares))
 
     def log(self, result: dict) -> None:
         """Add to the W&B run: figures and 50 answers each in its summary, and a bar chart."""
@@ -195,6 +198,8 @@ class Evaluation:
         bars = wandb.Table(["measurement", "accuracy"])
         for name, columns in result["measurements"].items():
             summary |= {f"eval/{name}/{column}": cell["value"] for column, cell in columns.items()}
+            for kind, shares in self.passed.get(name, {}).items():
+                summary |= {f"eval/{name}/{kind}/pass@{k}": c["value"] for k, c in shares.items()}
             for kind in ("lenient", "strict"):
                 bars.add_data(f"{name}, {kind}", columns[f"{kind}_accuracy"]["value"])
         kept = self.measured.items()

@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from assets.record import collect, time_split  # noqa: E402
-from assets.tables import LAPTOP, MEASURED, PASSED, QWEN, STRAY, pass_at_k, runs  # noqa: E402
+from assets.tables import LAPTOP, MEASURED, QWEN, STRAY, pass_at_k, runs  # noqa: E402
 from rewards import EXAMPLES, REWARD_FUNCS, count_xml  # noqa: E402
 
 REWARDS = [reward.__name__ for reward in REWARD_FUNCS]
@@ -255,23 +255,20 @@ def passed() -> None:
     """Draw pass@k before and after training: does training add answers, or make them likelier?"""
     figure = Figure((8, 3.2))
     ax, ends = figure.subplots(), {}
-    before = {"untrained, one example in the prompt": ["untrained"]}
-    after = {f"trained, {len(PASSED)} seeds": PASSED.values()}
-    for title, models in (before | after).items():
-        prompt = "zero_shot" if title in after else "one_shot"
-        cells = [pass_at_k(model, prompt, "strict") for model in models]
-        curves = [[100 * cell["value"] for cell in each.values()] for each in cells]
-        color = INK if title in after else PARTS[3]
-        for curve in curves:
-            ax.plot(range(len(curve)), curve, "o-", color=color, markersize=4)
-        ends[title] = sum(curve[-1] for curve in curves) / len(curves)
-        side = "top" if title in after else "bottom"
-        ax.text(len(curve) - 0.9, ends[title], title.replace(", ", "\n"), color=color, va=side)
-    ax.set_xticks(range(len(curve)), [f"k = {k}" for k in cells[0]])
-    ax.set(xlim=(-0.2, len(curve) + 0.4), ylim=(0, 100))
-    ax.set_title("pass@k: at least one of k sampled answers is right (strict), % of 512 questions")
+    curves = {"untrained, one-shot": "before_one_shot", "trained": "after_zero_shot"}
+    for title, when in curves.items():
+        cells = pass_at_k(when, "strict")
+        color = INK if title == "trained" else PARTS[3]
+        for curve in zip(*cells.values(), strict=True):
+            ax.plot(range(len(curve)), [100 * value for value in curve], "o-", color=color, ms=4)
+        ends[title] = 100 * sum(cells[max(cells)]) / len(LAPTOP)
+        side = "top" if title == "trained" else "bottom"
+        ax.text(len(cells) - 0.9, ends[title], title.replace(", ", "\n"), color=color, va=side)
+    ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
+    ax.set(xlim=(-0.2, len(cells) + 0.4), ylim=(0, 100))
+    ax.set_title("pass@k: one of k sampled answers is right (strict), % of 512 questions, 3 seeds")
     first, last = ends.values()
-    found = f"With {max(cells[0])} samples the untrained model answers {first:.0f}% right"
+    found = f"With {max(cells)} samples the untrained model answers {first:.0f}% right"
     head(figure, f"{found}, the trained one {last:.0f}%")
     save(figure, HERE / "pass.png")
 

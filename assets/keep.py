@@ -136,6 +136,7 @@ class Run(WandbCallback):
         where = {"project": os.environ.get("WANDB_PROJECT", args.project), "name": args.run_name}
         where |= {"dir": args.output_dir, "id": self.record["wandb_id"], "resume": "allow"}
         patience = {"silent": True}  # the line below and the closing lines say it
+        patience["host"] = os.environ.get("WANDB_HOST", "")  # else the machine's name is sent
         patience |= {"init_timeout": 30, "finish_timeout": 60, "finish_timeout_raises": True}
         patience["x_transaction_log_flush_interval"] = 0.01  # write at once: a kill loses nothing
         where |= {"config": self.config, "settings": wandb.Settings(**patience)}
@@ -216,11 +217,11 @@ class Run(WandbCallback):
                 wandb.finish()
             except TimeoutError:  # the server does not answer; the local files are complete
                 uploaded = False
-            say(f"\nlook at the run:    wandb leet {folder}")
-            say("                    (in it, / filters: type reward, accuracy or generate)")
+            say("\nlook at the run (in it, / filters: type reward, accuracy or generate):")
+            say(f"wandb leet {folder}")
             waiting = {*folder.parent.glob("offline-run-*"), *([] if uploaded else [folder])}
             if waiting:
                 where = " ".join(sorted(map(str, waiting)))
-                say(f"upload the run:     wandb sync --include-online {where}")
+                say(f"\nupload the run:\nwandb sync --include-online {where}")
         if last:
             say(last)

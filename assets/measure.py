@@ -103,6 +103,23 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def sharpening(passed: dict[str, dict]) -> str:
+    """Return what pass@k says of training: more answers, or likelier ones? A sentence.
+
+    passed  name of the measurement -> kind -> k -> value; the last measurement is the trained model
+    """
+    *untrained, trained = (kinds["lenient_accuracy"] for kinds in passed.values())
+    best = max(untrained, key=lambda cells: cells[1]["value"])
+    one, n = trained[1]["value"], max(trained)
+    k = next((k for k, cell in best.items() if cell["value"] >= one), 0)
+    enough = f"with {k} samples" if k > 1 else "with one too" if k else f"with {n} not yet"
+    return (
+        f"pass@k: with one sampled answer the trained model is right in {one:.1%} (lenient), the "
+        f"untrained one reaches that {enough}; with {n} it is {trained[n]['value']:.1%} trained, "
+        f"{best[n]['value']:.1%} untrained."
+    )
+
+
 def table(measurements: dict[str, dict], form: str) -> list[list[str]]:
     """Return the texts of a table: a header, then each figure in `form`, with its interval."""
     (n,) = {m["soft_format"]["n"] for m in measurements.values()}

@@ -212,9 +212,11 @@ def report(args: GRPOConfig, model_args: ModelConfig) -> None:
     """Print the table of `--estimate_memory`, and what leaves a tenth of a 24 GB card free."""
     check(args, model_args)
     name, largest = model_args.model_name_or_path, {}
-    cards = " | ".join(f"{card} GB" for card in CARDS)
-    say(f"| training | checkpointing | micro-batch | peak, GB | in | {cards} |")
-    say("|---" * (5 + len(CARDS)) + "|")
+    row = "{:<8} {:>13} {:>11} {:>8}  {:<10}" + " {:>6}" * len(CARDS)
+    cards = [f"{card} GB" for card in CARDS]
+    say(f"Peak memory of {name}, estimated in about a minute and a half:")
+    say(f"prompts of {args.max_prompt_length} tokens, completions of {args.max_completion_length}")
+    say(row.format("training", "checkpointing", "micro-batch", "peak, GB", "in", *cards))
     with one_line_errors(f"cannot estimate {name!r}"):
         config = Qwen2Config(**QWEN) if name == DEFAULT else AutoConfig.from_pretrained(name)
         for training, model_args.use_peft in (("full", False), ("LoRA", True)):
@@ -224,11 +226,12 @@ def report(args: GRPOConfig, model_args: ModelConfig) -> None:
                 fits = (
                     "yes" if top <= USABLE * n else "tight" if top <= n else "no" for n in CARDS
                 )
-                say(f"| {training} | {mode} | {rows} | {top:.1f} | {phase} | {' | '.join(fits)} |")
-                key = f"{training}, checkpointing {mode}"
+                say(row.format(training, mode, rows, f"{top:.1f}", phase, *fits))
+                key = f"{training:<4}, checkpointing {mode:<3}"
                 largest[key] = rows if top <= USABLE * 24 else largest.get(key, "none")
-    text = "; ".join(f"{key}: {rows}" for key, rows in largest.items())
-    say(f"\nLargest micro-batch that leaves 10% of a 24 GB card free: {text}.")
+    say("\nLargest micro-batch that leaves 10% of a 24 GB card free:")
+    for key, rows in largest.items():
+        say(f"{key}: {rows}")
 
 
 def advice(config: PretrainedConfig, args: GRPOConfig, model_args: ModelConfig, card: int) -> str:

@@ -54,6 +54,7 @@ def read_completions(file: Path) -> list[dict]:
     for row in pd.read_parquet(file).to_dict("records"):
         row["question"] = row.pop("prompt")[-1]["content"]
         row["completion"] = row["completion"][0]["content"]
+        row.pop("text", None)
         rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     return rows
 

@@ -1,12 +1,15 @@
-"""Write README's tables from the records in assets/runs and from assets/benchmark.md.
+"""Write the tables of README and assets/notes from the records in assets/runs.
 
-python assets/tables.py
+python assets/tables.py            # write them
+python assets/tables.py --check    # name the files that are out of date; exit status 1 if any is
+
+A table stands between `<!-- name -->` and `<!-- /name -->`; `name` is a function of this file.
 """
 
 import json
+import re
 import statistics
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -14,17 +17,18 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from rewards import EXAMPLES, REWARD_FUNCS  # noqa: E402
 
+FILES = [HERE.parent / "README.md", *sorted(HERE.glob("notes/*.md"))]
 # title of the column: folder in assets/runs
 LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}
 QWEN = {"seed 42": "qwen-half-b"}
-PASSED = {t: name for t, name in LAPTOP.items() if (HERE / f"runs/pass/{name}.json").exists()}
 # a closing tag after the answer, in endings.json
 STRAY = ["\n</reasoning>", "\n</reasoning> (the only one)"]
 MEASURED = {
-    "before_zero_shot": "before",
-    "before_one_shot": "before (one-shot)",
-    "after_zero_shot": "after",
+    "before_zero_shot": "untrained",
+    "before_one_shot": "untrained, one-shot",
+    "after_zero_shot": "trained",
 }
+MEASURES = ["soft_format", "strict_format", "strict_accuracy", "lenient_accuracy", "truncated"]
 REWARDS = ["xmlcount", "soft", "strict", "int", "correct"]
 
 
@@ -46,24 +50,56 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def interval(figure: dict, form: str = "{:.1%} [{:.1%}, {:.1%}]") -> str:
-    return form.format(figure["value"], *figure["interval"])
+def spread(values: list[float], form: str = "{:.1%}") -> list[str]:
+    """Return two cells: the mean over seeds, and half of the range."""
+    half = (max(values) - min(values)) / 2
+    return [form.format(sum(values) / len(values)), form.format(half).lstrip("+")]
+
+
+def measured(columns: dict[str, str], when: str, what: str) -> list[float]:
+    """Return a figure of the evaluation, for each run."""
+    return [e["measurements"][when][what]["value"] for e, _, _ in runs(columns)]
+
+
+def reasoning(columns: dict[str, str]) -> list[float]:
+    """Return the gain that is due to reasoning, in points, for each run."""
+    return [100 * e["gain"]["reasoning"][0] for e, _, _ in runs(columns)]
 
 
 def results() -> str:
-    """Return the evaluation of the laptop run at three seeds, with 95% intervals."""
-    evaluations, rows = [e for e, _, _ in runs(LAPTOP)], []
-    for what in ("strict_format", "strict_accuracy", "lenient_accuracy"):
-        for when, title in MEASURED.items():
-            figures = [e["measurements"][when][what] for e in evaluations]
-            rows.append([f"{what.replace('_', ' ')}, {title}", *map(interval, figures)])
-    named = {"strict_accuracy": "gain in strict accuracy, points", "reasoning": "due to reasoning"}
-    for key, row in named.items():
-        gains = [[100 * x for x in e["gain"][key]] for e in evaluations]
-        rows.append([row, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*g) for g in gains)])
-    rows.append(["due to format", *(f"{100 * e['gain']['format']:+.1f}" for e in evaluations)])
-    rows.append(["**verdict**", *(f"**{e['verdict']}**" for e in evaluations)])
-    return table(["laptop run, 512 test questions", *LAPTOP], rows)
+    """Return the finding in five rows: laptop (three seeds), real Qwen."""
+    both, after = (LAPTOP, QWEN), "after_zero_shot"
+    rows = []
+    for what in ("soft_format", "strict_accuracy", "lenient_accuracy"):
+        means = [statistics.mean(measured(columns, after, what)) for columns in both]
+        rows.append([f"{what.replace('_', ' ')}, trained", *map("{:.1%}".format, means)])
+    shot = [measured(columns, "before_one_shot", "strict_accuracy")[0] for columns in both]
+    rows.append(["strict accuracy, untrained, one-shot", *map("{:.1%}".format, shot)])
+    gains = [statistics.mean(reasoning(columns)) for columns in both]
+    rows.append(["due to reasoning, points", *map("{:+.1f}".format, gains)])
+    return table(["test questions", "laptop model, mean of 3 seeds", "Qwen2.5-Coder-0.5B"], rows)
+
+
+def evaluation() -> str:
+    """Return the evaluation of the laptop run: mean of three seeds, half of their range."""
+    rows = []
+    for what in (*MEASURES[:-1], "tokens"):
+        form = "{:.1f}" if what == "tokens" else "{:.1%}"
+        cells = [form.format(measured(LAPTOP, when, what)[0]) for when in list(MEASURED)[:2]]
+        cells += spread(measured(LAPTOP, "after_zero_shot", what), form)
+        rows.append([what.replace("_", " "), *cells])
+    return table(["512 test questions", *MEASURED.values(), "± over seeds"], rows)
+
+
+def gains() -> str:
+    """Return the gain of each laptop run and what of it is due to format and to reasoning."""
+    rows = []
+    for title, (result, _, _) in zip(LAPTOP, runs(LAPTOP), strict=True):
+        gain = result["gain"]
+        cells = [gain["strict_accuracy"][0], gain["format"], *gain["reasoning"]]
+        rows.append([title, *(f"{100 * cell:+.1f}" for cell in cells)])
+    titles = ["strict accuracy gained", "due to format", "due to reasoning"]
+    return table(["points", *titles, "its 95% interval from", "to"], rows)
 
 
 def ten_step_means(metrics: list[dict], key: str) -> list[float]:
@@ -71,73 +107,52 @@ def ten_step_means(metrics: list[dict], key: str) -> list[float]:
     return [sum(m[key] for m in metrics[i - 10 : i]) / 10 for i in range(10, len(metrics) + 1)]
 
 
-COURSE = [  # title, metric, format
-    ("soft format reward, at most 0.5", "rewards/soft_format_reward_func/mean", "{:.3f}"),
-    ("strict format reward, at most 0.5", "rewards/strict_format_reward_func/mean", "{:.3f}"),
-    (
-        "its standard deviation: first, widest and last ten steps",
-        "rewards/strict_format_reward_func/std",
-        "{:.3f}",
-    ),
-    ("xmlcount reward, at most 0.5", "rewards/xmlcount_reward_func/mean", "{:.3f}"),
-    ("correctness reward, at most 2", "rewards/simple_correctness_reward_func/mean", "{:.3f}"),
-    ("groups in which all rewards are equal", "frac_reward_zero_std", "{:.0%}"),
-    ("tokens a completion", "completions/mean_length", "{:.1f}"),
-    ("KL to the untrained model", "kl", "{:.3f}"),
-]
+COURSE = {  # title: metric, format
+    "soft format reward, at most 0.5": ("rewards/soft_format_reward_func/mean", "{:.3f}"),
+    "strict format reward, at most 0.5": ("rewards/strict_format_reward_func/mean", "{:.3f}"),
+    "its standard deviation": ("rewards/strict_format_reward_func/std", "{:.3f}"),
+    "xmlcount reward, at most 0.5": ("rewards/xmlcount_reward_func/mean", "{:.3f}"),
+    "correctness reward, at most 2": ("rewards/simple_correctness_reward_func/mean", "{:.3f}"),
+    "groups in which all rewards are equal": ("frac_reward_zero_std", "{:.0%}"),
+    "tokens a completion": ("completions/mean_length", "{:.1f}"),
+    "KL to the untrained model": ("kl", "{:.3f}"),
+}
 
 
-def course(
-    columns: dict[str, str] = LAPTOP, title: str = "laptop run, first and last ten steps"
-) -> str:
-    """Return what changes during a run: means of the first and of the last ten steps."""
+def course(columns: dict[str, str] = LAPTOP) -> str:
+    """Return what changes during a run: the first, the highest and the last ten steps."""
     rows = []
-    for row, key, form in COURSE:
-        cells = []
-        for _, metrics, _ in runs(columns):
-            tens = ten_step_means(metrics, key)
-            picked = [tens[0], *([max(tens)] if "widest" in row else []), tens[-1]]
-            cells.append(", ".join(map(form.format, picked)))
-        rows.append([row, *cells])
-    seconds = [f"{record['seconds']:.0f}" for _, _, record in runs(columns)]
-    rows.append(["seconds from the first step to the verdict", *seconds])
-    return table([title, *columns], rows)
+    for row, (key, form) in COURSE.items():
+        tens = [ten_step_means(metrics, key) for _, metrics, _ in runs(columns)]
+        ends = [[f(ten) for ten in tens] for f in (lambda t: t[0], max, lambda t: t[-1])]
+        cells = [form.format(statistics.mean(values)) for values in ends]
+        rows.append([row, *cells, *(spread(ends[-1], form)[1:] if len(columns) > 1 else [])])
+    titles = ["mean of ten steps", "first", "highest", "last"]
+    return table([*titles, *(["± over seeds"] if len(columns) > 1 else [])], rows)
 
 
-def pass_at_k(model: str, prompt: str, kind: str) -> dict[int, dict]:
-    """Return k -> value, n and interval of a model of assets/runs/pass."""
-    record = json.loads((HERE / "runs/pass" / f"{model}.json").read_text())
-    return {int(k): cell for k, cell in record["pass"][prompt][f"{kind}_accuracy"].items()}
+def pass_at_k(when: str, kind: str) -> dict[int, list[float]]:
+    """Return k -> pass@k of each laptop run, at one of the three measurements."""
+    cells = [result["pass"][when][f"{kind}_accuracy"] for result, _, _ in runs(LAPTOP)]
+    return {int(k): [each[k]["value"] for each in cells] for k in cells[0]}
 
 
 def passed() -> str:
-    """Return pass@k of the laptop model: untrained with both prompts, trained at three seeds."""
-    columns = {
-        "untrained, lenient": pass_at_k("untrained", "zero_shot", "lenient"),
-        "untrained, one-shot, strict": pass_at_k("untrained", "one_shot", "strict"),
-    }
-    for title, name in PASSED.items():
-        columns[f"trained, {title}, strict"] = pass_at_k(name, "zero_shot", "strict")
-    ks = list(next(iter(columns.values())))
-    rows = [[k, *(interval(cells[k]) for cells in columns.values())] for k in ks]
-    text = table(["k", *columns], rows)
-    _, shot, *trained = columns.values()
-    one = sum(cells[1]["value"] for cells in trained) / len(trained)
-    enough = next((k for k in ks if shot[k]["value"] >= one), None)
-    last = sum(cells[ks[-1]]["value"] for cells in trained) / len(trained)
-    times = f"{enough} sample{'s' if enough != 1 else ''}" if enough else f"over {ks[-1]} samples"
-    said = (
-        f"With one sample the trained models answer {one:.1%} right (mean of the seeds); the "
-        f"untrained model with one example reaches that with {times}. "
-        f"With {ks[-1]} samples the trained models reach "
-        f"{last:.1%}, the untrained one {shot[ks[-1]]['value']:.1%}."
-    )
-    return text + "\n" + "\n".join(textwrap.wrap(said, 120)) + "\n"
+    """Return pass@k of the laptop model: untrained with both prompts, and trained."""
+    plain = pass_at_k("before_zero_shot", "lenient")
+    shot = pass_at_k("before_one_shot", "strict")
+    trained = pass_at_k("after_zero_shot", "strict")
+    rows = []
+    for k in plain:
+        before = [f"{statistics.mean(values[k]):.1%}" for values in (plain, shot)]
+        rows.append([k, *before, *spread(trained[k])])
+    titles = ["untrained, lenient", "untrained, one-shot, strict", "trained, strict"]
+    return table(["k", *titles, "± over seeds"], rows)
 
 
-def tails(name: str) -> str:
-    """Return how the completions of a run end, from its endings.json."""
-    ends = json.loads((HERE / "runs" / name / "endings.json").read_text())
+def tails() -> str:
+    """Return how the completions of the real Qwen end, from its endings.json."""
+    ends = json.loads((HERE / "runs" / QWEN["seed 42"] / "endings.json").read_text())
     steps = [key for key in ends if key.startswith("step ")]
     columns = {title: [when] for when, title in MEASURED.items()}
     columns |= {"steps 1 to 10": steps[:10], "last ten steps": steps[-10:]}
@@ -154,23 +169,21 @@ def tails(name: str) -> str:
 
 
 def qwen() -> str:
-    """Return the run of a real Qwen2.5: evaluation, rewards, how its completions end."""
-    ((evaluation, _, _),), (name,) = runs(QWEN), QWEN.values()
-    measured = [evaluation["measurements"][when] for when in MEASURED]
+    """Return the evaluation of the real Qwen2.5, with the widest half of the 95% intervals."""
+    ((result, _, _),) = runs(QWEN)
     rows = []
-    for what in (
-        "soft_format",
-        "strict_format",
-        "strict_accuracy",
-        "lenient_accuracy",
-        "truncated",
-    ):
-        rows.append([what.replace("_", " "), *(interval(figures[what]) for figures in measured)])
-    tokens = [interval(figures["tokens"], "{:.0f} [{:.0f}, {:.0f}]") for figures in measured]
-    first = table(["200 test questions", *MEASURED.values()], [*rows, ["tokens", *tokens]])
-    said = " ".join([f"Verdict: **{evaluation['verdict']}**.", *evaluation["sentences"]])
-    middle = course(QWEN, "first and last ten steps")
-    return "\n".join([first, *textwrap.wrap(said, 120), "", middle, tails(name)])
+    for what in (*MEASURES, "tokens"):
+        cells = [result["measurements"][when][what] for when in MEASURED]
+        widest = max((c["interval"][1] - c["interval"][0]) / 2 for c in cells)
+        form = "{:.0f}" if what == "tokens" else "{:.1%}"
+        numbers = map(form.format, [*(c["value"] for c in cells), widest])
+        rows.append([what.replace("_", " "), *numbers])
+    return table(["200 test questions", *MEASURED.values(), "95% interval, at most ±"], rows)
+
+
+def qwen_course() -> str:
+    """Return what changes during the run of the real Qwen2.5."""
+    return course(QWEN)
 
 
 def reliability() -> str:
@@ -180,8 +193,7 @@ def reliability() -> str:
         tests/test_nothing_lost.py tests/test_rewards.py
     """
     lines = (HERE / "runs" / "reliability.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return table(["fault", "tried", "recovered", "steps missing in the end"], rows)
+    return table(["fault", "tried", "recovered"], [json.loads(line)[:3] for line in lines])
 
 
 def code(text: str) -> str:
@@ -197,9 +209,9 @@ def examples() -> str:
     return table(["completion; the gold answer is 18", *REWARDS, "sum", "why"], rows)
 
 
-def group() -> str:
-    """Return a group of the run on record: its rewards and advantages."""
-    group = json.loads((HERE / "runs" / "laptop-42" / "group.json").read_text())
+def group(count: int | None = None) -> str:
+    """Return a group of the run on record, or `count` of it: its rewards and advantages."""
+    group = json.loads((HERE / "runs" / LAPTOP["seed 42"] / "group.json").read_text())
     got = [[row[f.__name__] for f in REWARD_FUNCS] for row in group]
     mean, std = statistics.mean(map(sum, got)), statistics.stdev(map(sum, got))
     rows = []
@@ -207,11 +219,19 @@ def group() -> str:
         cells = [f"{reward:.3f}" for reward in [*rewards, sum(rewards)]]
         advantage = (sum(rewards) - mean) / (std + 1e-4)
         rows.append([code(row["completion"]), *cells, f"{advantage:+.3f}"])
+    if count:  # of different rewards, the best and the worst among them
+        rows = sorted({row[-1]: row for row in rows}.values(), key=lambda row: -float(row[-1]))
+        rows = [*rows[: count - 1], rows[-1]]
     text = f"Step {group[0]['step']}, *{group[0]['question']}* The gold answer is "
-    text += f"{group[0]['gold']}; the rewards have a mean of {mean:.3f} and a standard deviation "
-    text += f"of {std:.3f}.\n\n"
-    titles = [f"its {len(group)} completions", *REWARDS, "reward", "advantage"]
-    return text + table(titles, rows)
+    text += f"{group[0]['gold']}; the rewards of the group have a mean of {mean:.3f} and a "
+    text += f"standard deviation of {std:.3f}.\n\n"
+    shown = f"{len(rows)} of {len(group)} completions" if count else f"{len(group)} completions"
+    return text + table([shown, *REWARDS, "reward", "advantage"], rows)
+
+
+def three() -> str:
+    """Return three completions of a group."""
+    return group(3)
 
 
 def lines(name: str) -> dict[str, list[dict]]:
@@ -220,12 +240,6 @@ def lines(name: str) -> dict[str, list[dict]]:
     for row in map(json.loads, (HERE / "runs" / f"{name}.jsonl").read_text().splitlines()):
         changes.setdefault(row["change"], []).append(row)
     return changes
-
-
-def spread(values: list[float], form: str = "{:.1%}") -> str:
-    """Return the mean over seeds, and the smallest and the largest."""
-    low, high = form.format(min(values)), form.format(max(values))
-    return form.format(sum(values) / len(values)) + (f" ({low} to {high})" if low != high else "")
 
 
 def at_the_end(row: dict, key: str = "rewards/strict_format_reward_func/mean") -> float:
@@ -243,76 +257,65 @@ def settings() -> str:
     """Return how the laptop's learning rate was chosen: other seeds, validation questions."""
     rows = []
     for change, runs in lines("settings").items():
-        accuracy = [
-            [run["measured"][when]["lenient_accuracy"] for run in runs]
-            for when in ("before_zero_shot", "after_zero_shot")
-        ]
         reward = spread([at_the_end(run) for run in runs], "{:.3f}")
-        rows.append([change.removeprefix("learning rate "), reward, *map(spread, accuracy)])
-    titles = ["learning rate", "strict format reward, last ten steps"]
-    return table([*titles, "lenient accuracy before", "after"], rows)
+        after = spread([run["measured"]["after_zero_shot"]["lenient_accuracy"] for run in runs])
+        rows.append([change.removeprefix("learning rate "), *reward, *after])
+    titles = ["strict format reward, last ten steps", "±", "lenient accuracy, trained", "±"]
+    return table(["learning rate", *titles], rows)
 
 
 def parts() -> str:
     """Return what each part of the recipe does: the laptop run with one thing changed."""
     rows = []
     for change, runs in lines("parts").items():
-        after = [run["measured"]["after_zero_shot"] for run in runs]
-        columns = ("strict_format", "strict_accuracy", "lenient_accuracy")
-        cells = [spread([measured[column] for measured in after]) for column in columns]
+        after = [run["measured"]["after_zero_shot"]["strict_accuracy"] for run in runs]
         steps = [steps_until_format(run) for run in runs]
-        each = ", ".join("never" if step == 61 else str(step) for step in steps)
-        cells.append(spread(steps, "{:.0f}") if max(steps) < 61 else each)
-        cells.append(spread([2 * at_the_end(run) for run in runs], "{:.0%}"))
-        kl = spread([at_the_end(run, "kl") for run in runs], "{:.2f}")
+        late = max(steps) > 60
+        cells = spread(after) + (["never", ""] if late else spread(steps, "{:.0f}"))
+        cells += spread([2 * at_the_end(run) for run in runs], "{:.0%}")
+        kl = f"{statistics.mean(at_the_end(run, 'kl') for run in runs):.2f}"
         measured = any(any(run["curve"]["kl"]) for run in runs)
         rows.append([change, *cells, kl if measured else "not measured"])
-    titles = ["changed", "strict format", "strict accuracy", "lenient accuracy"]
-    titles += ["steps until format", "sampled strict XML, last ten steps", "KL"]
-    return table(titles, rows)
+    titles = ["changed", "strict accuracy", "±", "steps until format", "±"]
+    return table([*titles, "strict XML, last ten steps", "±", "KL"], rows)
 
 
 def updates() -> str:
     """Return what bf16 does to small updates: six steps, and how far the weights have moved."""
     rows = []
     for change, runs in lines("updates").items():
-        changed = spread([run["moved"]["changed"] for run in runs])
-        distance = spread([run["moved"]["distance"] for run in runs], "{:.1e}")
-        rows.append([change, changed, distance])
-    titles = ["weights and Adam's state in", "weights that changed", "distance moved, relative"]
-    return table(titles, rows)
+        changed = statistics.mean(run["moved"]["changed"] for run in runs)
+        distance = statistics.mean(run["moved"]["distance"] for run in runs)
+        dtype, rate = change.split(", learning rate ")
+        rows.append([dtype, rate, f"{changed:.1%}", f"{distance:.1e}"])
+    return table(["weights, Adam's state", "learning rate", "weights changed", "distance"], rows)
 
 
 def benchmark() -> str:
-    """Return what assets/benchmark.md says: sentences, the time split, the GPU table if any."""
+    """Return the time split of assets/benchmark.md, and its GPU table if there is one."""
     parts = (HERE / "benchmark.md").read_text().split("### ")[1:]
-    pairs, split, rewards, *gpu = [part.split("\n\n")[1].strip() for part in parts]
-    ratios = [line.strip(" |").split(" | ")[-1] for line in pairs.splitlines()[2:]]
-    hour = split.splitlines()[-1].strip(" |").split(" | ")
-    took = [line.strip(" |").split(" | ")[-1] for line in rewards.splitlines()[2:]]
-    text = (
-        f"A step of the script takes {ratios[-1]} times as long as one of a bare GRPOTrainer with "
-        f"the gist's rewards (median of {len(ratios) - 1} pairs of runs, {min(ratios[:-1])} to "
-        f"{max(ratios[:-1])}). An hour holds {hour[1]} steps; with the gist's four generate calls "
-        f"of 16 it holds {hour[2]}. The five rewards take {took[0]} for 64 completions of 1,000 "
-        f"characters, the gist's own functions {took[1]}, the accuracy logging {took[2]} more."
-    )
-    return "\n\n".join(["\n".join(textwrap.wrap(text, 100)), split, *gpu]) + "\n"
+    _, split, _, *gpu = [part.split("\n\n")[1].strip() for part in parts]
+    return "\n\n".join([split, *gpu]) + "\n"
 
 
-TABLES = [results, passed, examples, group, course, qwen]
-TABLES += [settings, parts, updates, benchmark, reliability]
+def write(text: str) -> str:
+    """Return a page with all its tables made anew."""
+    for name in re.findall(r"<!-- /(\w+) -->", text):
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + globals()[name]() + end + rest.partition(end)[2]
+    return text
 
 
 def main() -> None:
-    """Write all tables into README.md."""
-    path = HERE.parent / "README.md"
-    text = path.read_text()
-    for make in TABLES:
-        start, end = f"<!-- {make.__name__} -->\n", f"<!-- /{make.__name__} -->"
-        before, _, rest = text.partition(start)
-        text = before + start + make() + end + rest.partition(end)[2]
-    path.write_text(text)
+    """Write the tables into their pages; with `--check`, only say which pages would change."""
+    pages = {path: (path.read_text(), write(path.read_text())) for path in FILES}
+    changed = [path for path, (old, new) in pages.items() if old != new]
+    for path in changed:
+        print("out of date:" if "--check" in sys.argv else "wrote", path.relative_to(HERE.parent))
+        if "--check" not in sys.argv:
+            path.write_text(pages[path][1])
+    sys.exit(1 if changed and "--check" in sys.argv else 0)
 
 
 if __name__ == "__main__":

@@ -45,22 +45,24 @@ def banner(trainer: GRPOTrainer, model_args: ModelConfig) -> None:
         card = torch.cuda.get_device_properties(args.device).total_memory
         say(f"memory  {memory.advice(model.config, args, model_args, card)}")
     say(f"data    {args.dataset_name}, {prompts:,} prompts")
-    say(f"step    {args.generation_batch_size} completions in groups of {args.num_generations}")
     say(f"output  {args.output_dir}")
+    if args.eval_only:
+        return
+    say(f"step    {args.generation_batch_size} completions in groups of {args.num_generations}")
     say("shown   reward, format (soft, strict), right (lenient, strict), tokens")
 
 
 def sample(trainer: GRPOTrainer, step: int) -> Panel:
     """Return the first completion of the last step as a block: question, answer and rewards."""
     logs, names = trainer._logs, {"simple_correctness": "correct"}
-    text = logs["completion"][0][0]["content"]
+    text = logs["extra"]["text"][0]
     if len(text) > LONG:
         text = f"{text[: LONG // 2]}\n[... {len(text) - LONG} characters ...]\n{text[-LONG // 2 :]}"
     rewards = {name.removesuffix("_reward_func"): v[0] for name, v in logs["rewards"].items()}
     earned = [f"{names.get(name, name)} {value:.2f}" for name, value in rewards.items()]
     answer = f"gold {logs['extra']['gold'][0]}, extracted {logs['extra']['extracted'][0][:60]}"
     rows = {
-        "question": logs["prompt"][0][-1]["content"],
+        "question": logs["extra"]["question"][0],
         "completion": text.rstrip(),
         "answer": answer.replace("\n", " "),
         "rewards": f"{', '.join(earned)}; advantage {logs['advantages'][0]:+.2f}",

@@ -156,7 +156,7 @@ def test_the_embedded_model_is_an_ordinary_directory():
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and tokenizer.tokenize("12") == ["1", "2"]
     config = json.loads((ROOT / "assets/tiny/config.json").read_text())
-    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
 
 
 def test_no_question_is_in_two_splits_of_the_maker():

@@ -140,7 +140,7 @@ def test_signals_save_first(whole, tmp_path, number, status):
     done = run(*flags)
     assert done.returncode == 0 and f"resuming from {out}/checkpoint-{step}" in done.stdout
     assert same(whole, out) and steps_in_wandb(out) == list(range(1, STEPS + 1))
-    (sync,) = [line for line in done.stdout.splitlines() if line.startswith("upload the run:")]
+    (sync,) = [line for line in done.stdout.splitlines() if line.startswith("wandb sync ")]
     assert len(sync.split("--include-online ")[1].split()) == 2
     metrics, _, started = collect(out)  # the record of such a run has one clock
     clock = [m["runtime"] for m in metrics]
@@ -354,7 +354,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             "project": project,
         }
         if b"upsertBucket" in body:
-            bucket["name"] = json.loads(body)["variables"]["name"]
+            sent = json.loads(body)["variables"]
+            bucket["name"] = sent["name"]
+            self.server.hosts.append(sent.get("host"))
         data = {"viewer": user, "serverInfo": {"features": []}, "model": {"bucket": None}}
         data |= {"upsertBucket": {"bucket": bucket | {"historyLineCount": 0}, "inserted": True}}
         self.server.begun = self.server.begun or b"upsertBucket" in body
@@ -385,6 +387,7 @@ def servers(tmp_path_factory):
     for mode in SERVERS:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
         server.mode, server.seen, server.begun, server.daemon_threads = mode, 0, False, True
+        server.hosts = []
         url = f"http://127.0.0.1:{server.server_address[1]}"
         if mode == "refuse":
             server.server_close()
@@ -482,8 +485,9 @@ def test_a_wandb_server_that_fails(servers, mode):
     server.shutdown() if mode != "refuse" else None
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     assert mode == "refuse" or server.seen > 0
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("upload the run:")]
-    printed = [sys.executable, "-m", *line.split(":", 1)[1].split(), "--dry-run"]
+    assert bool(server.hosts) == (mode == "drop") and not any(server.hosts)  # no host name
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("wandb sync ")]
+    printed = [sys.executable, "-m", *line.split(), "--dry-run"]
     listed = subprocess.run(printed, capture_output=True, text=True)
     assert listed.returncode == 0 and "Skipped" not in listed.stdout + listed.stderr
     assert "Would sync 1 run" in listed.stdout + listed.stderr

@@ -10,9 +10,11 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/*/*.md"))]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("assets/**/*.py")]
@@ -52,9 +54,40 @@ def test_every_logged_metric_is_in_the_glossary():
     lines = (ROOT / "assets/runs/laptop-42/metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"runtime"}
     shown = {re.sub(r"rewards/\w+_reward_func/", "rewards/<name>/", name) for name in logged}
-    glossary = README[README.index("## In W&B") : README.index("## Reliability")]
+    glossary = (ROOT / "assets/notes/wandb.md").read_text()
     assert "accuracy/strict" in shown
     assert [name for name in shown if f"`train/{name}`" not in glossary] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_resolves(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        if not file.startswith("http"):
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 16_000
+    before, _, _ = README.partition("python grpo_demo.py --config")
+    assert len(before.split()) <= 300
+    for page in PAGES[1:]:
+        assert len(page.read_text().splitlines()) <= 120, page
+
+
+def test_tables_show_the_records():
+    done = subprocess.run(
+        [sys.executable, "assets/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_rewards_runs_alone(tmp_path):

@@ -1,14 +1,19 @@
 """The script as a user runs it: the laptop run read back from W&B, LoRA, hub ids, two processes."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from itertools import pairwise
@@ -169,7 +174,7 @@ def test_wandb_holds_the_configuration(laptop):
 
 def test_what_is_printed(laptop):
     out, stdout, *_ = laptop
-    for text in ("674,432", "torch.float32", "sdpa", "480 prompts", "64 completions"):
+    for text in ("683,040", "torch.float32", "sdpa", "480 prompts", "64 completions"):
         assert text in stdout, text
     assert f"wandb leet {out}" in stdout and f"wandb sync --include-online {out}" in stdout
 
@@ -179,7 +184,7 @@ def test_the_log_is_short_and_fits_in_80_columns(laptop):
     lines = laptop[1].splitlines()
     print(f"{len(laptop[1]):,} bytes in {len(lines)} lines")
     assert len(laptop[1]) + len(laptop[-1]) < 40_000
-    paths = ("output", "W&B", "look at", "upload", "chat = ")
+    paths = ("output", "W&B", "wandb ", "chat = ")
     assert [line for line in lines if len(line) > 80 and not line.startswith(paths)] == []
     progress = [line for line in lines if re.match(r"\d+/60 ", line)]
     assert 10 <= len(progress) <= 30 and progress[-1].startswith("60/60 ")
@@ -188,6 +193,36 @@ def test_the_log_is_short_and_fits_in_80_columns(laptop):
     samples = [line for line in lines if line.startswith("\u256d\u2500 step ")]
     assert len(samples) == 7  # the first step and every tenth
     assert laptop[1].count("gold ") == laptop[1].count("advantage ") == 7
+
+
+def in_a_terminal(*flags: str, env: dict[str, str]) -> str:
+    """Run the script in a terminal of 80 columns; return all that it showed."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    argv = [sys.executable, "grpo_demo.py", *LAPTOP, *flags]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"TERM": "xterm"} | env, **streams)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(main, 65536):
+            shown += part
+    os.close(main)
+    assert process.wait() == 0, shown[-2000:]
+    return shown.decode()
+
+
+def test_a_terminal_has_one_line_of_progress(tmp_path):
+    flags = ["--max_steps", "3", "--evaluate", "False", "--report_to", "none"]
+    shown = in_a_terminal(*flags, "--output_dir", str(tmp_path / "a"), env={"NO_COLOR": "1"})
+    assert re.findall(r"\x1b\[[0-9;]*3\dm", shown) == []  # no colour
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown)
+    drawn = [line for line in re.split(r"[\r\n]+", plain) if not line.startswith("output")]
+    assert max(map(len, drawn)) <= 80
+    assert re.search(r"3/3 00:00 left .* reward .* format .* right .* tokens \d+", plain)
+    assert plain.count("advantage ") == 1  # the first step's sample
+    flags += ["--disable_tqdm", "True", "--output_dir", str(tmp_path / "b")]
+    assert "\r3/3" not in in_a_terminal(*flags, env={}) and "\r3/3" in shown
 
 
 def test_the_printed_line_talks_to_the_model(laptop):
@@ -226,9 +261,11 @@ def test_evaluation_does_not_change_training(tmp_path):
     losses, few = [], ("--per_device_train_batch_size", 16, "--num_generations", 4)
     for flag in ("True", "False"):
         flags = (*FAST, *few, "--output_dir", tmp_path / flag, "--evaluate", flag)
-        assert run(*LAPTOP, *flags).returncode == 0
+        assert run(*LAPTOP, *flags, "--eval_generations", 2).returncode == 0
         losses.append(series(wandb_rows(tmp_path / flag), "train/loss"))
     assert losses[0] == losses[1] != []
+    kept = json.loads((tmp_path / "True" / "evaluation.json").read_text())
+    assert len(kept["sentences"]) == 4 and list(kept["pass"]) == list(kept["measurements"])
     assert not (tmp_path / "False" / "evaluation.json").exists()
 
 

@@ -1,6 +1,6 @@
-"""Make the embedded default from nothing: a 0.7M-parameter Qwen2 chat model and its word problems.
+"""Make the embedded default from nothing: a 0.7M-parameter Llama chat model and its word problems.
 
-    python assets/tiny/make.py                  # 18 minutes on 2 CPU cores; writes beside this file
+    python assets/tiny/make.py                  # 12 minutes on 2 CPU cores; writes beside this file
     python assets/tiny/make.py --out /tmp/tiny  # somewhere else
     python assets/tiny/make.py --steps 20       # a smoke run: right files, an untrained model
 
@@ -12,7 +12,7 @@ so neither form is better practised in arithmetic than the other.
 1. `problem` writes a question with its solution in GSM8K's schema. `split_of` hashes the question,
    so no question is in two of pre-training, validation, train and test.
 2. `sample` turns a problem into one pre-training conversation; `MIX` says how often which kind.
-3. `train_tokenizer`, `pretrain`: byte-level BPE, then Muon on layer matrices, AdamW on the rest.
+3. `train_tokenizer`, `pretrain`: BPE across words, then Muon on layer matrices, AdamW on the rest.
 4. `choose_hard_share`: on the validation split, the share of hard problems at which the model would
    be right about `TARGET` of the time. `train.jsonl` and `test.jsonl` are written with that share.
 """
@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -44,7 +44,8 @@ from grpo_demo import (  # noqa: E402
 from rewards import STRICT_FORMAT, is_lenient_correct  # noqa: E402
 
 SEED = 0
-STEPS = 1600  # 0.5 s each on 2 cores
+STEPS = 4000  # 0.2 s each on 2 cores
+VOCABULARY = 1000  # tokens
 BATCH = 48  # conversations a step
 TARGET = 0.75  # wanted accuracy before GRPO: room to get better, enough right answers to reward
 TRAIN_ROWS = 480  # 60 steps of 8 prompts: one epoch, as in the gist
@@ -62,10 +63,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"\d|\A(?:system|user|assistant)\n"  # digits and roles stay alone, all else may merge
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 NAMES = (
@@ -221,23 +219,25 @@ def example_in(rng: random.Random) -> list[dict[str, str]]:
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Train byte-level BPE with Qwen2's pre-tokenizer and ChatML's special tokens: up to 800."""
+    """Train byte-level BPE that merges across words: few tokens, so short runs.
+
+    The system prompt is one token, and so is " coins\n</reasoning>\n<answer>\n"; a digit is one.
+    """
     rng = random.Random(SEED)
-    corpus = [
-        m["content"] for _ in range(4000) for x in [sample(rng)] for m in [*x[0], {"content": x[1]}]
-    ]
+    corpus = ["system\n", "user\n", "assistant\n"] * 2000
+    for messages, answer in (sample(rng) for _ in range(4000)):
+        corpus += [*(m["content"] for m in messages), answer]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        special_tokens=specials,
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -252,13 +252,13 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(SEED)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        hidden_size=160,
+        intermediate_size=384,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -268,7 +268,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, steps: int):
@@ -298,7 +298,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, steps: int):
         yield ids, labels
 
 
-def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
     """Train on the answers: Muon on the layers' matrices, AdamW on the rest, linear decay to 0."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
@@ -327,7 +327,7 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps:
 
 
 @torch.no_grad()
-def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: list) -> list[str]:
+def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: list) -> list[str]:
     """Greedy completions of conversations."""
     texts = []
     for i in range(0, len(chats), 64):
@@ -349,7 +349,7 @@ def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: 
 
 
 def choose_hard_share(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 384
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 384
 ) -> float:
     """Return the share of hard problems at which greedy accuracy would be TARGET (validation)."""
     accuracy, rng = {}, random.Random(SEED + 2)
@@ -388,8 +388,11 @@ def write_rows(path: Path, split: str, rows: int, share: float, seed: int) -> No
             f.write(json.dumps(row) + "\n")
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Save a Hugging Face directory in bf16; older transformers read its tokenizer too."""
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Save a Hugging Face directory in bf16; older transformers read its tokenizer too.
+
+    The model is no Qwen2, as transformers 5 gives every Qwen2 the tokenizer of its own class.
+    """
     model.generation_config.update(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -397,7 +400,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    config["tokenizer_class"] = "Qwen2TokenizerFast"
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("extra_special_tokens", None)
     config.pop("backend", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
