@@ -255,21 +255,21 @@ def passed() -> None:
     """Draw pass@k before and after training: does training add answers, or make them likelier?"""
     figure = Figure((8, 3.2))
     ax, ends = figure.subplots(), {}
-    curves = {"untrained, one-shot": "before_one_shot", "trained": "after_zero_shot"}
+    curves = {"trained": "after_zero_shot", "untrained, one-shot": "before_one_shot"}
     for title, when in curves.items():
         cells = pass_at_k(when, "strict")
         color = INK if title == "trained" else PARTS[3]
         for curve in zip(*cells.values(), strict=True):
-            ax.plot(range(len(curve)), [100 * value for value in curve], "o-", color=color, ms=4)
+            ax.plot(range(len(curve)), [100 * v for v in curve], "o-", color=color, ms=3, lw=1)
         ends[title] = 100 * sum(cells[max(cells)]) / len(LAPTOP)
         side = "top" if title == "trained" else "bottom"
         ax.text(len(cells) - 0.9, ends[title], title.replace(", ", "\n"), color=color, va=side)
     ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
-    ax.set(xlim=(-0.2, len(cells) + 0.4), ylim=(0, 100))
+    ax.set(xlim=(-0.2, len(cells) + 0.4), ylim=(60, 95))
     ax.set_title("pass@k: one of k sampled answers is right (strict), % of 512 questions, 3 seeds")
-    first, last = ends.values()
-    found = f"With {max(cells)} samples the untrained model answers {first:.0f}% right"
-    head(figure, f"{found}, the trained one {last:.0f}%")
+    after, before = ends.values()
+    found = f"With {max(cells)} samples {before:.1f}% are right before training, {after:.1f}% after"
+    head(figure, found, "One line for each seed. The vertical axis begins at 60%.")
     save(figure, HERE / "pass.png")
 
 
