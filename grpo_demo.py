@@ -187,8 +187,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     argv = [part for a in argv for part in (a.split("=", 1) if a[:9] == "--config=" else [a])]
     if argv[-1:] == ["--config"]:
         raise UserError("--config needs the name of a YAML file")
-    usage = __doc__.replace("%", "%%")
-    parser = check.Parser([DemoConfig, ModelConfig], allow_abbrev=False, description=usage)
+    parser = check.Parser(
+        [DemoConfig, ModelConfig],
+        allow_abbrev=False,
+        usage="python grpo_demo.py [--config FILE] [--flag value ...]",
+        description=__doc__.split("GRPO in six lines")[0],
+        formatter_class=check.Help,
+    )
     constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     TrlParser.set_defaults_with_config(parser, **constants)  # passes over those that are no flag
     with one_line_errors("settings"):

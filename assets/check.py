@@ -3,6 +3,7 @@
 What libraries refuse when the command line is read is left to them.
 """
 
+import argparse
 import json
 import math
 import os
@@ -50,6 +51,10 @@ CHOICES = {
     "vllm_mode": "colocate server",
     "dtype": "auto bfloat16 float16 float32",
 }
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults of all flags, and the description as it is."""
 
 
 class Parser(TrlParser):
