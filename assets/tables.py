@@ -92,13 +92,13 @@ def evaluation() -> str:
 
 
 def gains() -> str:
-    """Return the gain of each laptop run and what of it is due to format and to reasoning."""
+    """Return the gain of each laptop run and what of it is due to reasoning."""
     rows = []
     for title, (result, _, _) in zip(LAPTOP, runs(LAPTOP), strict=True):
         gain = result["gain"]
-        cells = [gain["strict_accuracy"][0], gain["format"], *gain["reasoning"]]
+        cells = [gain["strict_accuracy"][0], *gain["reasoning"]]
         rows.append([title, *(f"{100 * cell:+.1f}" for cell in cells)])
-    titles = ["strict accuracy gained", "due to format", "due to reasoning"]
+    titles = ["strict accuracy gained", "due to reasoning"]
     return table(["points", *titles, "its 95% interval from", "to"], rows)
 
 
@@ -193,7 +193,8 @@ def reliability() -> str:
         tests/test_nothing_lost.py tests/test_rewards.py
     """
     lines = (HERE / "runs" / "reliability.jsonl").read_text().splitlines()
-    return table(["fault", "tried", "recovered"], [json.loads(line)[:3] for line in lines])
+    rows = [json.loads(line) for line in lines]
+    return table(["fault", "tried", "recovered"], [[*row[:2], row[2] or row[3]] for row in rows])
 
 
 def code(text: str) -> str:

@@ -375,8 +375,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 SERVERS = {
     "refuse": "a W&B server that refuses",
-    "hang": "that never answers",
-    "drop": "that drops the run",
+    "hang": "a W&B server that never answers",
+    "drop": "a W&B server that drops the run",
 }
 
 
