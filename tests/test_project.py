@@ -104,8 +104,7 @@ def test_the_findings_state_the_numbers_of_the_records():
     trained = mean(tables.measured(laptop, after, "strict_accuracy"))
     untrained, real = (tables.measured(c, shot, "strict_accuracy")[0] for c in (laptop, qwen))
     (real_after,) = tables.measured(qwen, after, "strict_accuracy")
-    one, *_ = tables.pass_at_k(after, "strict").values()
-    one_shot, two_shot, *_ = tables.pass_at_k(shot, "strict").values()
+    passed = [tables.pass_at_k(when, "strict") for when in (after, shot)]
     ends = json.loads((ROOT / "assets/runs/qwen-half-b/endings.json").read_text())[after]
     parts, moved = tables.lines("parts"), tables.lines("updates")
     only = parts["correctness only"]
@@ -124,7 +123,7 @@ def test_the_findings_state_the_numbers_of_the_records():
     wanted = [f"{first:.2f}", f"{last:.2f}", "0.5"]
     wanted += [f"{mean(tables.reasoning(columns)):+.1f}" for columns in (laptop, qwen)]
     wanted += [f"{share:.1%}" for share in (untrained, trained, real, real_after)]
-    wanted += [f"{mean(values):.1%}" for values in (one, one_shot, two_shot)]
+    wanted += [f"{mean(values[k]):.1%}" for values in passed for k in (1, 16)]
     wanted += [f"{ends[tables.STRAY[0]] / sum(ends.values()):.1%}"]
     wanted += [f"{mean(without):.1%}", f"{trained:.1%}", f"{sampled:.0%}", f"{greedy:.0%}"]
     wanted += [f"{share:.1%}" for share in changed]
