@@ -266,14 +266,12 @@ def test_lenient_on_every_gold_solution():
 def test_the_command_prints_what_each_example_earns():
     command = [sys.executable, "rewards.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    _, *lines = done.stdout.splitlines()
-    assert len(lines) == 2 * len(rewards.EXAMPLES)
-    for cells, comment, (name, text, _) in zip(
-        lines[::2], lines[1::2], rewards.EXAMPLES, strict=True
-    ):
-        values = all_five(text)
-        assert cells.startswith(f"{name:>17}") and repr(text) in comment
+    _, *blocks = done.stdout.strip().split("\n\n")
+    for block, (name, text, comment) in zip(blocks, rewards.EXAMPLES, strict=True):
+        values, (cells, why, shown) = all_five(text), block.splitlines()
+        assert cells.startswith(f"{name:>17}") and comment in why and shown.strip() == repr(text)
         assert cells[17:].split() == [f"{value:.3f}" for value in [*values, sum(values)]]
+        assert max(map(len, (cells, why, shown))) <= 80
 
 
 # --- hostile texts
