@@ -62,7 +62,7 @@ def test_sampling_ignores_the_models_own_settings(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("eos", [None, END, [END, ZERO]], ids=["no eos", "one eos", "two eos"])
 def test_the_evaluation_generates_what_the_trainer_does(tmp_path, eos):
-    trainer = build(tmp_path, *GREEDY, "--max_completion_length", "32", eos_token_id=eos)
+    trainer = build(tmp_path, *GREEDY, "--max_completion_length", "16", eos_token_id=eos)
     tokenizer, stops = trainer.processing_class, eos if isinstance(eos, list) else [END]
     wanted = complete(trainer, 64)
     ends = [len(ids) - (ids[-1] in stops) for ids in wanted]  # without the stop token
@@ -77,7 +77,7 @@ def test_the_evaluation_generates_what_the_trainer_does(tmp_path, eos):
 def test_each_backend_generates_the_same(tmp_path):
     trainer = build(tmp_path, *GREEDY, eos_token_id=END)
     one_call = complete(trainer, 64)
-    assert len(set(map(tuple, one_call))) > 60 and max(map(len, one_call)) > 30
+    assert len(set(map(tuple, one_call))) > 60 and max(map(len, one_call)) > 24
     assert complete(trainer, 16) == one_call
     assert complete(build(tmp_path, *GREEDY, *CONTINUOUS, eos_token_id=END), 64) == one_call
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import grpo_demo
 
 torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
-STEPS, GROUP, BETA, PEAK, TINY = 5, 4, 0.04, 2e-4, "assets/tiny"
+STEPS, GROUP, BETA, PEAK, TINY = 5, 4, 0.04, 2.8e-4, "assets/tiny"
 ANSWERS = [  # completions are fixed; the gold answer is 20; n is the prompt's own number
     "<reasoning>\n{n}\n</reasoning>\n<answer>\n20\n</answer>\n",
     "{n} and {n}. The answer is 20.",
