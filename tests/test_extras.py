@@ -29,10 +29,12 @@ import torch
 from conftest import LAPTOP, ROOT, TWO, Job, command, history, series, wandb_rows
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-VLLM = (*LAPTOP, "--use_vllm", "--vllm_mode", "colocate", "--evaluate", "False")
+VLLM = ("--use_vllm", "--vllm_mode", "colocate", "--evaluate", "False")
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 GENERATE = "profiling/Time taken: GRPOTrainer.vLLM.generate"
+OLD, NEW = 40, 80  # the size of the laptop model's heads, and one that vLLM has for CPUs
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -56,10 +58,35 @@ def test_vllm_accepts_the_pins():
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def laptop(tmp_path_factory):
+    """Flags of the laptop run with larger heads: the same function, as the rest of them is 0.
+
+    Its rotary pairs (j, j + 20) of 40 become (2j, 2j + 40) of 80, which turn at the same speed.
+    """
+    model = AutoModelForCausalLM.from_pretrained("assets/tiny", dtype=torch.float32)
+    place = [2 * j + half for half in (0, NEW // 2) for j in range(OLD // 2)]
+    config, weights = model.config.to_dict() | {"head_dim": NEW}, model.state_dict()
+    for name, old in weights.items():
+        if "self_attn" not in name:
+            continue
+        old = old.T if "o_proj" in name else old
+        new = torch.zeros(len(old) // OLD, NEW, old.shape[1])
+        new[:, place] = old.view(-1, OLD, old.shape[1]) * (2**0.5 if "q_proj" in name else 1)
+        weights[name] = new.flatten(0, 1).T if "o_proj" in name else new.flatten(0, 1)
+    wide, folder = LlamaForCausalLM(LlamaConfig(**config)), tmp_path_factory.mktemp("wide")
+    wide.load_state_dict(weights)
+    ids = torch.arange(3, 60)[None]
+    assert torch.allclose(wide(ids).logits, model(ids).logits, atol=1e-3)
+    shutil.copytree("assets/tiny", folder, dirs_exist_ok=True)
+    wide.save_pretrained(folder)
+    return (*LAPTOP, "--model_name_or_path", str(folder))
+
+
+@pytest.fixture(scope="module")
+def rows(laptop, tmp_path_factory):
     """The W&B rows of a run of 60 steps, killed after its first checkpoint and resumed."""
     out = tmp_path_factory.mktemp("vllm") / "run"
-    flags = (*VLLM, "--max_steps", 60, "--output_dir", out)
+    flags = (*laptop, *VLLM, "--max_steps", 60, "--output_dir", out)
     job = Job(*flags, env=ENV)
     while not (out / "checkpoint-20" / "trainer_state.json").exists():
         assert job.alive(), job.wait().stderr[-2000:]
@@ -89,12 +116,14 @@ def test_after_a_kill_every_step_is_logged_once_with_its_timer(rows):
 
 
 @needs_vllm
-def test_vllm_gets_the_new_weights_at_every_step(tmp_path):
+def test_vllm_gets_the_new_weights_at_every_step(laptop, tmp_path):
     """Weights move far at every step, and vLLM's probabilities stay those of the trainer."""
     whole = ("--top_k", 0, "--generation_kwargs", '{"temperature": 1.0}')  # nothing is cut off
     compare = ("--vllm_importance_sampling_correction", "True", "--beta", 0.04)
     large = ("--learning_rate", 0.01, "--warmup_steps", 0, "--max_steps", 4)
-    done = command(*VLLM, *whole, *compare, *large, "--output_dir", tmp_path / "run", env=ENV)
+    done = command(
+        *laptop, *VLLM, *whole, *compare, *large, "--output_dir", tmp_path / "run", env=ENV
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = wandb_rows(tmp_path / "run")
     assert series(rows, "train/kl")[-1] > 1  # far from the first model
@@ -102,11 +131,11 @@ def test_vllm_gets_the_new_weights_at_every_step(tmp_path):
 
 
 @needs_vllm
-def test_the_evaluation_with_vllm_is_that_without(tmp_path):
+def test_the_evaluation_with_vllm_is_that_without(laptop, tmp_path):
     """vLLM computes in bf16: some of the 512 answers differ, where two tokens are as likely."""
     shares = []
     for name, flags in {"plain": (), "vllm": ("--use_vllm", "--vllm_mode", "colocate")}.items():
-        flags = (*LAPTOP, *flags, "--eval_only", "--output_dir", tmp_path / name)
+        flags = (*laptop, *flags, "--eval_only", "--output_dir", tmp_path / name)
         done = command(*flags, env=ENV)
         assert done.returncode == 0, done.stderr[-2000:]
         (file,) = (tmp_path / name).glob("eval-*/evaluation/one_shot.parquet")
@@ -117,11 +146,11 @@ def test_the_evaluation_with_vllm_is_that_without(tmp_path):
 
 
 @needs_vllm
-def test_the_seed_reaches_vllm(tmp_path):
+def test_the_seed_reaches_vllm(laptop, tmp_path):
     texts = []
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
         flags = ("--max_steps", 1, "--seed", seed, "--shuffle_dataset", "False")
-        done = command(*VLLM, *flags, "--output_dir", tmp_path / name, env=ENV)
+        done = command(*laptop, *VLLM, *flags, "--output_dir", tmp_path / name, env=ENV)
         assert done.returncode == 0, done.stderr[-2000:]
         (file,) = (tmp_path / name).glob("completions/*.parquet")
         texts.append([message[0]["content"] for message in pd.read_parquet(file)["completion"]])
