@@ -310,6 +310,10 @@ class GRPOTrainer(trl.GRPOTrainer):
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
             self.model.set_adapter("default")
 
+    def _issue_warnings_after_load(self, load_result):
+        if not set(load_result.missing_keys) <= set(self.model._tied_weights_keys or ()):
+            super()._issue_warnings_after_load(load_result)  # a tied head is never in the file
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Write README.md of the output directory, with every checkpoint and at the end."""
         if self.is_world_process_zero():

@@ -65,7 +65,11 @@ class Parser(TrlParser):
 
     def parse_known_args(self, args=None, namespace=None):
         known, unknown = super().parse_known_args(args, namespace)
-        return self.error(f"unknown flag {unknown[0]}") if unknown else (known, unknown)
+        return (
+            self.error(f"unknown flag {unknown[0]}; --help lists all")
+            if unknown
+            else (known, unknown)
+        )
 
     def set_defaults_with_config(self, **settings):
         unknown = super().set_defaults_with_config(**settings)

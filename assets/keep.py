@@ -222,6 +222,6 @@ class Run(WandbCallback):
             waiting = {*folder.parent.glob("offline-run-*"), *([] if uploaded else [folder])}
             if waiting:
                 where = " ".join(sorted(map(str, waiting)))
-                say(f"\nupload the run:\nwandb sync --include-online {where}")
+                say(f"\nupload the run (after wandb login):\nwandb sync --include-online {where}")
         if last:
             say(last)

@@ -90,7 +90,8 @@ def explain(result: dict, measurements: dict[str, dict]) -> list[str]:
         f"untrained, with one example in the prompt: {shot:.1%}.",
         "Due to reasoning: lenient accuracy from the better untrained prompt, "
         f"{went('lenient_accuracy', 'reasoning', result['best_untrained'])}.",
-        f"Due to format: {form:+.1f} points; soft format {went('soft_format', 'soft_format')}, "
+        f"Due to format: the rest, {form:+.1f} points; "
+        f"soft format {went('soft_format', 'soft_format')}, "
         f"strict format {went('strict_format', 'strict_format')}.",
     ]
 

@@ -1,6 +1,6 @@
 """Keep the record of a finished run: what README's numbers and pictures are made from.
 
-    python assets/record.py outputs/tiny laptop-42      # writes assets/runs/laptop-42, under 1 MB
+    python assets/record.py outputs/tiny-42 laptop-42   # writes assets/runs/laptop-42, under 1 MB
 
 record.json      command, date, versions, hardware, settings
 metrics.jsonl    a line a step
@@ -195,6 +195,8 @@ def write_record(out: Path, folder: Path) -> int:
 
 def main() -> None:
     """Run the command line: a finished run's output directory, and a name in assets/runs."""
+    if len(sys.argv) != 3:
+        sys.exit("usage: python assets/record.py OUTPUT_DIR NAME")
     out, folder = Path(sys.argv[1]), RUNS / sys.argv[2]
     steps = write_record(out, folder)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e3

@@ -25,8 +25,9 @@ LINES = 20  # progress lines of a run in a log file
 TALK = """
 talk to the model:
 python - <<'EOF'
-from transformers import pipeline
+from transformers import logging, pipeline
 from grpo_demo import make_prompt
+logging.set_verbosity_error()
 chat = pipeline("text-generation", "{}", max_new_tokens=256)
 q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
 print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
