@@ -30,7 +30,6 @@ The training step matches the gist's on TRL 0.14. These differences change what 
  4. sdpa attention if flash-attn is not installed; the gist required flash-attn.
 """
 
-import json
 import os
 import sys
 import warnings
@@ -43,7 +42,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
 
 import torch
-import trl
 from datasets import Dataset, load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
@@ -183,21 +181,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
 
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [part for a in argv for part in (a.split("=", 1) if a[:9] == "--config=" else [a])]
-    if argv[-1:] == ["--config"]:
-        raise UserError("--config needs the name of a YAML file")
-    parser = check.Parser(
-        [DemoConfig, ModelConfig],
-        allow_abbrev=False,
-        usage="python grpo_demo.py [--config FILE] [--flag value ...]",
-        description=__doc__.split("GRPO in six lines")[0],
-        formatter_class=check.Help,
-    )
+    about = __doc__.split("GRPO in six lines")[0]
+    parser = check.Parser([DemoConfig, ModelConfig], description=about)
     constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     TrlParser.set_defaults_with_config(parser, **constants)  # passes over those that are no flag
     with one_line_errors("settings"):
-        args, model_args = parser.parse_args_and_config(argv)
+        args, model_args = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)
     check.values(model_args)
     return args, model_args
 
@@ -210,29 +199,6 @@ def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]
         messages += [("user", ONE_SHOT_QUESTION), ("assistant", example)]
     messages += [("user", question)]
     return [{"role": role, "content": content} for role, content in messages]
-
-
-def read_row(row: str | dict) -> dict[str, str]:
-    """Return question and gold answer of a JSON line or row; ValueError says what is missing."""
-    try:
-        row = json.loads(row) if isinstance(row, str) else row
-    except (ValueError, RecursionError):
-        raise ValueError("no JSON, or deeply nested") from None
-    columns = ("question", "answer")
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in columns):
-        raise ValueError("no text in 'question' and 'answer'")
-    if any("\ud800" <= character <= "\udfff" for name in columns for character in row[name]):
-        raise ValueError("half a character")  # a lone surrogate, which is no Unicode text
-    gold = rewards.extract_hash_answer(row["answer"])
-    if gold is None or rewards.as_number(gold) is None:
-        raise ValueError("no number after '####'")
-    return {"question": row["question"], "answer": gold}
-
-
-def is_local(name: str) -> bool:
-    """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
-    parent = os.path.dirname(name)
-    return os.path.exists(name) or "/" in parent or os.path.isdir(parent) or ".json" in name
 
 
 def get_gsm8k_questions(
@@ -248,7 +214,7 @@ def get_gsm8k_questions(
     where = f"{dataset_name!r} (a hub id, or a folder with {split}.jsonl; in {os.getcwd()})"
     where += " (--evaluate False needs none)" if split == "test" else ""
     with one_line_errors(f"no split {split!r} in dataset {where}"):
-        if is_local(dataset_name):
+        if check.is_local(dataset_name):
             path = Path(dataset_name, f"{split}.jsonl")
             lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
             raw = [line for line in lines if line.strip()]
@@ -257,7 +223,7 @@ def get_gsm8k_questions(
     rows, bad = [], Counter()
     for line in raw:
         try:
-            row = read_row(line)
+            row = check.row(line)
             rows.append({"prompt": make_prompt(row["question"], one_shot)} | row)
         except ValueError as error:
             bad[str(error)] += 1
@@ -278,7 +244,7 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
     with one_line_errors(f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"):
-        if is_local(name) and not os.path.isdir(name):
+        if check.is_local(name) and not os.path.isdir(name):
             raise FileNotFoundError("no such folder")
         adapter = find_adapter_config_file(name, revision=revision)
         auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
@@ -296,23 +262,13 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     return model.to(args.device), tokenizer
 
 
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(keep.ResumableTrainer):
     """TRL's trainer, which also logs accuracy. Its name stays: W&B's timers are named after it."""
 
     def __init__(self, args: DemoConfig, **kwargs):
         super().__init__(args=args, **kwargs)
         if self.use_vllm and self.vllm_mode == "colocate":  # it has set the seed to its own
             set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if "ref" in getattr(self.model, "peft_config", {}):  # transformers loads only "ref" then
-            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-            self.model.set_adapter("default")
-
-    def _issue_warnings_after_load(self, load_result):
-        if not set(load_result.missing_keys) <= set(self.model._tied_weights_keys or ()):
-            super()._issue_warnings_after_load(load_result)  # a tied head is never in the file
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write README.md of the output directory, with every checkpoint and at the end."""

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import TrlParser
 
+import rewards
 from assets.errors import UserError, one_line_errors, say
 
 REFUSED = {
@@ -60,16 +61,25 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Parser(TrlParser):
     """TRL's parser, with one-line errors; a misspelt flag is named before a missing GPU."""
 
+    def __init__(self, configs: list[type], description: str):
+        usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
+        texts = {"usage": usage, "description": description, "formatter_class": Help}
+        super().__init__(configs, allow_abbrev=False, **texts)
+
+    def parse_args_and_config(self, args: list[str]) -> tuple:
+        args = [part for a in args for part in (a.split("=", 1) if a[:9] == "--config=" else [a])]
+        if args[-1:] == ["--config"]:
+            raise UserError("--config needs the name of a YAML file")
+        return super().parse_args_and_config(args)
+
     def error(self, message: str):  # argparse's would print all 200 flags first
         raise UserError(message)
 
     def parse_known_args(self, args=None, namespace=None):
         known, unknown = super().parse_known_args(args, namespace)
-        return (
+        if unknown:
             self.error(f"unknown flag {unknown[0]}; --help lists all")
-            if unknown
-            else (known, unknown)
-        )
+        return known, unknown
 
     def set_defaults_with_config(self, **settings):
         unknown = super().set_defaults_with_config(**settings)
@@ -138,6 +148,29 @@ def tools(args: trl.GRPOConfig) -> None:
             raise ValueError(f"unknown: {', '.join(bad)}")
         if not 0 < sampling.get("temperature", 1.0) < math.inf:
             raise ValueError("the temperature must be above 0")
+
+
+def is_local(name: str) -> bool:
+    """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
+    parent = os.path.dirname(name)
+    return os.path.exists(name) or "/" in parent or os.path.isdir(parent) or ".json" in name
+
+
+def row(line: str | dict) -> dict[str, str]:
+    """Return question and gold answer of a JSON line or row; ValueError says what is missing."""
+    try:
+        line = json.loads(line) if isinstance(line, str) else line
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON, or deeply nested") from None
+    columns = ("question", "answer")
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in columns):
+        raise ValueError("no text in 'question' and 'answer'")
+    if any("\ud800" <= character <= "\udfff" for name in columns for character in line[name]):
+        raise ValueError("half a character")  # a lone surrogate, which is no Unicode text
+    gold = rewards.extract_hash_answer(line["answer"])
+    if gold is None or rewards.as_number(gold) is None:
+        raise ValueError("no number after '####'")
+    return {"question": line["question"], "answer": gold}
 
 
 def prompts(

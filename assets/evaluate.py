@@ -23,7 +23,15 @@ from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from assets.errors import first_process, say, write_json
-from assets.measure import explain, mean, pass_at, sharpening, summarize, table, verdict
+from assets.measure import (
+    explain,
+    pass_table,
+    sharpening,
+    summarize,
+    summarize_samples,
+    table,
+    verdict,
+)
 from rewards import score
 
 GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
@@ -100,22 +108,12 @@ class Evaluation:
     def evaluate(self, trainer: GRPOTrainer, name: str, one_shot: bool) -> list[dict]:
         """Measure greedy answers to all questions, with an example if `one_shot`; return them.
 
-        With `eval_generations` n also pass@k: is one of k sampled answers right, for k = 1, 2, 4,
-        ... n? Mean over the questions and its 95% interval.
+        With `eval_generations` also pass@k: is one of k sampled answers right?
         """
-        greedy = self.measured[name] = self.answer(trainer, name, one_shot)
-        if not (n := self.samples):
-            return greedy
-        rows, result = self.answer(trainer, name, one_shot, n), {}
-        for kind in ("strict_accuracy", "lenient_accuracy"):
-            right = [sum(row[kind] for row in rows[i : i + n]) for i in range(0, len(rows), n)]
-            result[kind] = {}
-            for k in (2**i for i in range(n.bit_length()) if 2**i <= n):
-                cell = mean([pass_at(k, n, count) for count in right])
-                low, high = cell["interval"]
-                result[kind][k] = cell | {"n": n, "interval": [max(0.0, low), min(1.0, high)]}
-        self.passed[name] = result
-        return greedy
+        self.measured[name] = self.answer(trainer, name, one_shot)
+        if n := self.samples:
+            self.passed[name] = summarize_samples(self.answer(trainer, name, one_shot, n), n)
+        return self.measured[name]
 
     def answer(
         self, trainer: GRPOTrainer, name: str, one_shot: bool, samples: int = 0
@@ -165,7 +163,8 @@ class Evaluation:
             say(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
         if self.passed:
             result["pass"] = self.passed
-            self.print_passed()
+            for line in pass_table(self.passed):
+                say(line)
         if len(measurements) == 3:
             before, control, after = self.measured.values()
             if "after_one_shot" in measurements:
@@ -180,15 +179,6 @@ class Evaluation:
             write_json(self.out / "evaluation.json", result)
         self.log(result)
         return result
-
-    def print_passed(self) -> None:
-        """Print pass@k: a row for each k, a column for each measurement and way to read answers."""
-        cells = {name: list(kinds.values()) for name, kinds in self.passed.items()}
-        say("\npass@k " + "".join(f"{name.replace('_', ' '):>24}" for name in cells))
-        say("       " + f"{'strict':>12}{'lenient':>12}" * len(cells))
-        for k in next(iter(cells.values()))[0]:
-            shares = [column[k]["value"] for columns in cells.values() for column in columns]
-            say(f"k = {k:<3}" + "".join(f"{share:>12.1%}" for share in shares))
 
     def log(self, result: dict) -> None:
         """Add to the W&B run: figures and 50 answers each in its summary, and a bar chart."""

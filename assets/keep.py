@@ -32,6 +32,20 @@ from assets.errors import first_process, one_line_errors, say, write_json
 DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
 
 
+class ResumableTrainer(GRPOTrainer):
+    """TRL's trainer, which resumes with a second adapter, and without a warning of a tied head."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if "ref" in getattr(self.model, "peft_config", {}):  # transformers loads only "ref" then
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            self.model.set_adapter("default")
+
+    def _issue_warnings_after_load(self, load_result):
+        if not set(load_result.missing_keys) <= set(self.model._tied_weights_keys or ()):
+            super()._issue_warnings_after_load(load_result)  # a tied head is never in the file
+
+
 class AtTheEnd(Exception):
     """The checkpoint that was loaded is that of the last step."""
 

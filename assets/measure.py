@@ -104,6 +104,33 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def summarize_samples(rows: list[dict], n: int) -> dict[str, dict[int, dict]]:
+    """Return pass@k for k = 1, 2, 4, ... n: kind -> k -> mean over the questions, 95% interval.
+
+    rows  n sampled answers to each question, in a row; `n` of a cell is that number too
+    """
+    result = {}
+    for kind in ("strict_accuracy", "lenient_accuracy"):
+        right = [sum(row[kind] for row in rows[i : i + n]) for i in range(0, len(rows), n)]
+        result[kind] = {}
+        for k in (2**i for i in range(n.bit_length())):
+            cell = mean([pass_at(k, n, count) for count in right])
+            low, high = cell["interval"]
+            result[kind][k] = cell | {"n": n, "interval": [max(0.0, low), min(1.0, high)]}
+    return result
+
+
+def pass_table(passed: dict[str, dict]) -> list[str]:
+    """Return lines of pass@k: a row for each k, two columns for each measurement."""
+    cells = {name: list(kinds.values()) for name, kinds in passed.items()}
+    lines = ["\npass@k " + "".join(f"{name.replace('_', ' '):>24}" for name in cells)]
+    lines += ["       " + f"{'strict':>12}{'lenient':>12}" * len(cells)]
+    for k in next(iter(cells.values()))[0]:
+        shares = [column[k]["value"] for columns in cells.values() for column in columns]
+        lines += [f"k = {k:<3}" + "".join(f"{share:>12.1%}" for share in shares)]
+    return lines
+
+
 def sharpening(passed: dict[str, dict]) -> str:
     """Return what pass@k says of training: more answers, or likelier ones? A sentence.
 

@@ -77,7 +77,7 @@ def results() -> str:
     rows.append(["strict accuracy, untrained, one-shot", *map("{:.1%}".format, shot)])
     gains = [statistics.mean(reasoning(columns)) for columns in both]
     rows.append(["due to reasoning, points", *map("{:+.1f}".format, gains)])
-    titles = ["laptop model, mean of 3 seeds", "Qwen2.5-Coder-0.5B, 1 seed, ± 5 points"]
+    titles = ["laptop model, mean of 3 seeds", "Qwen2.5-Coder-0.5B, 1 seed"]
     return table(["on test questions", *titles], rows)
 
 

@@ -77,7 +77,7 @@ def test_the_evaluation_generates_what_the_trainer_does(tmp_path, eos):
 def test_each_backend_generates_the_same(tmp_path):
     trainer = build(tmp_path, *GREEDY, eos_token_id=END)
     one_call = complete(trainer, 64)
-    assert len(set(map(tuple, one_call))) > 60 and max(map(len, one_call)) > 24
+    assert len(set(map(tuple, one_call))) > 60 and max(map(len, one_call)) > 30
     assert complete(trainer, 16) == one_call
     assert complete(build(tmp_path, *GREEDY, *CONTINUOUS, eos_token_id=END), 64) == one_call
 
