@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from assets.record import collect, time_split  # noqa: E402
-from assets.tables import LAPTOP, MEASURED, QWEN, STRAY, pass_at_k, runs  # noqa: E402
+from assets.tables import LAPTOP, MEASURED, QWEN, QWEN_AGAIN, STRAY, pass_at_k, runs  # noqa: E402
 from rewards import EXAMPLES, REWARD_FUNCS, count_xml  # noqa: E402
 
 REWARDS = [reward.__name__ for reward in REWARD_FUNCS]
@@ -252,24 +252,29 @@ def time(names: dict[str, str]) -> None:
 
 
 def passed() -> None:
-    """Draw pass@k before and after training: does training add answers, or make them likelier?"""
-    figure = Figure((8, 3.2))
-    ax, ends = figure.subplots(), {}
-    curves = {"trained": "after_zero_shot", "untrained, one-shot": "before_one_shot"}
-    for title, when in curves.items():
-        cells = pass_at_k(when, "strict")
-        color = INK if title == "trained" else PARTS[3]
-        for curve in zip(*cells.values(), strict=True):
-            ax.plot(range(len(curve)), [100 * v for v in curve], "o-", color=color, ms=3, lw=1)
-        ends[title] = 100 * sum(cells[max(cells)]) / len(LAPTOP)
-        side = "top" if title == "trained" else "bottom"
-        ax.text(len(cells) - 0.9, ends[title], title.replace(", ", "\n"), color=color, va=side)
-    ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
-    ax.set(xlim=(-0.2, len(cells) + 0.4), ylim=(60, 95))
-    ax.set_title("pass@k: one of k sampled answers is right (strict), % of 512 questions, 3 seeds")
-    after, before = ends.values()
-    found = f"With {max(cells)} samples {before:.1f}% are right before training, {after:.1f}% after"
-    head(figure, found, "One line for each seed. The vertical axis begins at 60%.")
+    """Draw pass@k before and after training, of the laptop model and of the second Qwen run."""
+    figure, names = Figure((8, 3.5)), ("Laptop model", "Qwen2.5-Coder-0.5B, second run")
+    looks = dict(zip(MEASURED, (":", "--", "-"), strict=True))
+    for ax, name, columns in zip(figure.subplots(1, 2), names, (LAPTOP, QWEN_AGAIN), strict=True):
+        for j, (when, look) in enumerate(looks.items()):
+            cells = pass_at_k(columns, when, "lenient")
+            color = ACCURACY["lenient"] if when == "after_zero_shot" else INK
+            for i, curve in enumerate(zip(*cells.values(), strict=True)):
+                at = [x + 0.08 * (j - 1) * (len(columns) == 1) for x in range(len(curve))]
+                label = None if i else MEASURED[when]
+                values = [100 * cell["value"] for cell in curve]
+                ax.plot(at, values, look, marker="o", color=color, ms=3, lw=1.4, label=label)
+                if len(columns) == 1:  # no seeds to show the spread
+                    lines = [[100 * x for x in cell["interval"]] for cell in curve]
+                    ax.vlines(at, *zip(*lines, strict=True), color=color, lw=0.8)
+        ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
+        tested = runs(columns)[0][0]["measurements"]["after_zero_shot"]["lenient_accuracy"]["n"]
+        ax.set_title(f"{name}: % of {tested} test questions")
+        ax.legend(frameon=False, loc="upper left")
+    note = "One of k sampled answers is right in any form (lenient). The axes differ, the left one "
+    note += f"does not begin at 0.\nLeft: a line for each of {len(LAPTOP)} seeds. "
+    note += "Right: one run with 95% intervals."
+    head(figure, "With 16 samples the untrained models find as many answers, or more", note)
     save(figure, HERE / "pass.png")
 
 

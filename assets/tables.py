@@ -21,6 +21,7 @@ FILES = [HERE.parent / "README.md", *sorted(HERE.glob("notes/*.md"))]
 # title of the column: folder in assets/runs
 LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}
 QWEN = {"seed 42": "qwen-half-b"}
+QWEN_AGAIN = {"seed 42": "qwen-vllm"}
 # a closing tag after the answer, in endings.json
 STRAY = ["\n</reasoning>", "\n</reasoning> (the only one)"]
 MEASURED = {
@@ -29,6 +30,7 @@ MEASURED = {
     "after_zero_shot": "trained",
 }
 MEASURES = ["soft_format", "strict_format", "strict_accuracy", "lenient_accuracy", "truncated"]
+KINDS = ("lenient", "strict")  # right in any form, right inside the tags
 REWARDS = ["xmlcount", "soft", "strict", "int", "correct"]
 
 
@@ -132,26 +134,39 @@ def course(columns: dict[str, str] = LAPTOP) -> str:
     return table([*titles, *(["± over seeds"] if len(columns) > 1 else [])], rows)
 
 
-def pass_at_k(when: str, kind: str) -> dict[int, list[float]]:
-    """Return k -> pass@k of each laptop run, at one of the three measurements."""
-    results = [result for result, _, _ in runs(LAPTOP)]
+def pass_at_k(columns: dict[str, str], when: str, kind: str) -> dict[int, list[dict]]:
+    """Return k -> pass@k of each run (value, n, interval), at one of the three measurements."""
+    results = [result for result, _, _ in runs(columns)]
     if not all("pass" in result for result in results):
-        sys.exit("a laptop record has no pass@k: make it with --eval_generations 16")
+        sys.exit("a record has no pass@k: make it with --eval_generations 16")
     cells = [result["pass"][when][f"{kind}_accuracy"] for result in results]
-    return {int(k): [each[k]["value"] for each in cells] for k in cells[0]}
+    return {int(k): [each[k] for each in cells] for k in cells[0]}
 
 
 def passed() -> str:
     """Return pass@k of the laptop model: untrained with both prompts, and trained."""
-    plain = pass_at_k("before_zero_shot", "lenient")
-    shot = pass_at_k("before_one_shot", "strict")
-    trained = pass_at_k("after_zero_shot", "strict")
+    plain = pass_at_k(LAPTOP, "before_zero_shot", "lenient")
+    shot = pass_at_k(LAPTOP, "before_one_shot", "strict")
+    trained = pass_at_k(LAPTOP, "after_zero_shot", "strict")
     rows = []
     for k in plain:
-        before = [f"{statistics.mean(values[k]):.1%}" for values in (plain, shot)]
-        rows.append([k, *before, *spread(trained[k])])
+        means = [statistics.mean(cell["value"] for cell in cells[k]) for cells in (plain, shot)]
+        after = spread([cell["value"] for cell in trained[k]])
+        rows.append([k, *map("{:.1%}".format, means), *after])
     titles = ["untrained, lenient", "untrained, one-shot, strict", "trained, strict"]
     return table(["k", *titles, "± over seeds"], rows)
+
+
+def qwen_passed() -> str:
+    """Return pass@k of the real Qwen2.5, with the widest half of the 95% intervals in a row."""
+    titles = {f"{title}, {kind}": (w, kind) for kind in KINDS for w, title in MEASURED.items()}
+    columns = [pass_at_k(QWEN_AGAIN, *which) for which in titles.values()]
+    rows = []
+    for k in columns[0]:
+        cells = [column[k][0] for column in columns]
+        widest = max((c["interval"][1] - c["interval"][0]) / 2 for c in cells)
+        rows.append([k, *(f"{x:.1%}" for x in (*(c["value"] for c in cells), widest))])
+    return table(["k", *titles, "95% interval, at most ±"], rows)
 
 
 def tails() -> str:
@@ -188,6 +203,11 @@ def qwen() -> str:
 def qwen_course() -> str:
     """Return what changes during the run of the real Qwen2.5."""
     return course(QWEN)
+
+
+def qwen_again_course() -> str:
+    """Return what changes during the second run of the real Qwen2.5, with vLLM."""
+    return course(QWEN_AGAIN)
 
 
 def reliability() -> str:

@@ -97,14 +97,16 @@ def test_tables_show_the_records():
 
 def test_the_findings_state_the_numbers_of_the_records():
     """All numbers with a decimal, a sign or a percent sign, in order; the wording is free."""
-    laptop, qwen, shot, after = tables.LAPTOP, tables.QWEN, "before_one_shot", "after_zero_shot"
+    laptop, qwen, again = tables.LAPTOP, tables.QWEN, tables.QWEN_AGAIN
+    plain, shot, after = tables.MEASURED
     curves = [metrics for _, metrics, _ in tables.runs(laptop)]
     strict = [tables.ten_step_means(m, tables.COURSE[STRICT_FORMAT][0]) for m in curves]
     first, last = (mean(tens[i] for tens in strict) for i in (0, -1))
     trained = mean(tables.measured(laptop, after, "strict_accuracy"))
     untrained, real = (tables.measured(c, shot, "strict_accuracy")[0] for c in (laptop, qwen))
     (real_after,) = tables.measured(qwen, after, "strict_accuracy")
-    passed = [tables.pass_at_k(when, "strict") for when in (after, shot)]
+    passed = [tables.pass_at_k(laptop, when, "strict") for when in (after, shot)]
+    passed += [tables.pass_at_k(again, when, "lenient") for when in (after, plain)]
     ends = json.loads((ROOT / "assets/runs/qwen-half-b/endings.json").read_text())[after]
     parts, moved = tables.lines("parts"), tables.lines("updates")
     only = parts["correctness only"]
@@ -123,8 +125,9 @@ def test_the_findings_state_the_numbers_of_the_records():
     wanted = [f"{first:.2f}", f"{last:.2f}", "0.5"]
     wanted += [f"{mean(tables.reasoning(columns)):+.1f}" for columns in (laptop, qwen)]
     wanted += [f"{share:.1%}" for share in (untrained, trained, real, real_after)]
-    wanted += [f"{mean(values[k]):.1%}" for values in passed for k in (1, 16)]
+    wanted += [f"{mean(c['value'] for c in cells[k]):.1%}" for cells in passed for k in (1, 16)]
     wanted += [f"{ends[tables.STRAY[0]] / sum(ends.values()):.1%}"]
+    wanted += [f"{share:.1%}" for share in tables.measured(again, after, "strict_format")]
     wanted += [f"{mean(without):.1%}", f"{trained:.1%}", f"{sampled:.0%}", f"{greedy:.0%}"]
     wanted += [f"{share:.1%}" for share in changed]
     wanted += [f"{generate:.0%}" for generate, _ in shares] + [f"{shares[0][1]:.2%}"]
