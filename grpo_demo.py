@@ -181,8 +181,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
 
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
-    about = __doc__.split("GRPO in six lines")[0]
-    parser = check.Parser([DemoConfig, ModelConfig], description=about)
+    parser = check.Parser([DemoConfig, ModelConfig], __doc__.split("GRPO in six lines")[0])
     constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     TrlParser.set_defaults_with_config(parser, **constants)  # passes over those that are no flag
     with one_line_errors("settings"):
@@ -281,10 +280,9 @@ class GRPOTrainer(keep.ResumableTrainer):
         self._log_completion_extra("text", texts)  # W&B shows both better than chat messages
         self._log_completion_extra("gold", golds)
         self._log_completion_extra("extracted", [rewards.extract_xml_answer(t) for t in texts])
-        strict = sum(map(rewards.is_strict_correct, texts, golds)) / len(texts)
-        lenient = sum(map(rewards.is_lenient_correct, texts, golds)) / len(texts)
-        self._log_metric("accuracy/strict", strict)
-        self._log_metric("accuracy/lenient", lenient)
+        kinds = {"strict": rewards.is_strict_correct, "lenient": rewards.is_lenient_correct}
+        for kind, right in kinds.items():
+            self._log_metric(f"accuracy/{kind}", sum(map(right, texts, golds)) / len(texts))
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
 
@@ -318,8 +316,7 @@ def build_trainer(
 def build_evaluation(args: DemoConfig, model_args: ModelConfig) -> Evaluation:
     """Return the evaluation on the test split, or on its first `eval_samples` rows."""
     rows = get_gsm8k_questions("test", args.dataset_name, args.dataset_config)
-    if args.eval_samples > 0:
-        rows = rows.select(range(min(args.eval_samples, len(rows))))
+    rows = rows.select(range(min(args.eval_samples or len(rows), len(rows))))
     return Evaluation(args, model_args.model_name_or_path, rows, make_prompt)
 
 

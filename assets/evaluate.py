@@ -22,16 +22,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from assets import measure
 from assets.errors import first_process, say, write_json
-from assets.measure import (
-    explain,
-    pass_table,
-    sharpening,
-    summarize,
-    summarize_samples,
-    table,
-    verdict,
-)
 from rewards import score
 
 GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
@@ -112,7 +104,8 @@ class Evaluation:
         """
         self.measured[name] = self.answer(trainer, name, one_shot)
         if n := self.samples:
-            self.passed[name] = summarize_samples(self.answer(trainer, name, one_shot, n), n)
+            rows = self.answer(trainer, name, one_shot, n)
+            self.passed[name] = measure.summarize_samples(rows, n)
         return self.measured[name]
 
     def answer(
@@ -131,7 +124,7 @@ class Evaluation:
             try:
                 rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
                 if rows:
-                    summarize(rows)  # all columns are there
+                    measure.summarize(rows)  # all columns are there
                 return rows if [(row["question"], row["gold"]) for row in rows] == asked else []
             except Exception as error:  # whatever a library makes of a damaged file
                 say(f"warning: {path} is damaged, measured again: {error}", error=True)
@@ -156,23 +149,23 @@ class Evaluation:
 
     def report(self) -> dict:
         """Print the table and, after training, the verdict; keep both in `evaluation.json`, W&B."""
-        measurements = {name: summarize(rows) for name, rows in self.measured.items()}
+        measurements = {name: measure.summarize(rows) for name, rows in self.measured.items()}
         result = {"settings": self.settings | {"decoding": "greedy"}, "measurements": measurements}
         say()
-        for name, *cells in table(measurements, "{:.1%} [{:.0%}, {:.0%}]"):
+        for name, *cells in measure.table(measurements, "{:.1%} [{:.0%}, {:.0%}]"):
             say(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
         if self.passed:
             result["pass"] = self.passed
-            for line in pass_table(self.passed):
+            for line in measure.pass_table(self.passed):
                 say(line)
         if len(measurements) == 3:
             before, control, after = self.measured.values()
             if "after_one_shot" in measurements:
                 before, control = control, before
-            result |= verdict(before=before, control=control, after=after)
-            result["sentences"] = explain(result, measurements)
+            result |= measure.verdict(before=before, control=control, after=after)
+            result["sentences"] = measure.explain(result, measurements)
             if self.passed:
-                result["sentences"].append(sharpening(self.passed))
+                result["sentences"].append(measure.sharpening(self.passed))
             for text in (f"\nlearned: {result['verdict']}", *result["sentences"]):
                 say(textwrap.fill(text, 80, replace_whitespace=False))
         if PartialState().is_main_process:
@@ -215,7 +208,7 @@ def write_card(args: GRPOConfig, model_name: str) -> None:
     ]
     if (out / "evaluation.json").exists():
         result = json.loads((out / "evaluation.json").read_text())
-        header, *rows = table(result["measurements"], "{:.1%} [{:.1%}, {:.1%}]")
+        header, *rows = measure.table(result["measurements"], "{:.1%} [{:.1%}, {:.1%}]")
         rows = [header, ["---"] * len(header), *rows]
         lines += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
         lines += ["Test questions, greedy answers; in brackets 95% intervals."]

@@ -194,20 +194,15 @@ class Run(WandbCallback):
         self.skipped = self.skipped + 1 if skipped else 0
         finite = math.isfinite(logs["loss"]) and self.skipped <= (20 if args.fp16 else 0)
         self.broken = self.broken or not finite
+        flat, cut = self.flat_steps >= 20, logs["completions/clipped_ratio"] > 0.5
+        no_format = state.global_step >= 50 and not self.formatted
         problems = {
-            "no reward variance in any group for 20 steps: nothing is learned": self.flat_steps
-            >= 20,
-            "most completions are cut off: raise --max_completion_length": (
-                logs["completions/clipped_ratio"] > 0.5
-            ),
-            "format rewards are still 0: look at the completions": (
-                state.global_step >= 50 and not self.formatted
-            ),
+            "no reward variance in any group for 20 steps: nothing is learned": flat,
+            "most completions are cut off: raise --max_completion_length": cut,
+            "format rewards are still 0: look at the completions": no_format,
             "the loss or a weight is not finite: stopping": self.broken,
         }
-        for text in [text for text, failed in problems.items() if failed]:
-            if text in self.warned:
-                continue
+        for text in [t for t, failed in problems.items() if failed and t not in self.warned]:
             self.warned.add(text)
             say(f"warning: step {state.global_step}: {text}", error=True)
             if wandb.run:

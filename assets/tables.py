@@ -58,6 +58,11 @@ def spread(values: list[float], form: str = "{:.1%}") -> list[str]:
     return [form.format(sum(values) / len(values)), form.format(half).lstrip("+")]
 
 
+def widest(cells: list[dict]) -> float:
+    """Return the widest half of the 95% intervals."""
+    return max((cell["interval"][1] - cell["interval"][0]) / 2 for cell in cells)
+
+
 def measured(columns: dict[str, str], when: str, what: str) -> list[float]:
     """Return a figure of the evaluation, for each run."""
     return [e["measurements"][when][what]["value"] for e, _, _ in runs(columns)]
@@ -164,8 +169,7 @@ def qwen_passed() -> str:
     rows = []
     for k in columns[0]:
         cells = [column[k][0] for column in columns]
-        widest = max((c["interval"][1] - c["interval"][0]) / 2 for c in cells)
-        rows.append([k, *(f"{x:.1%}" for x in (*(c["value"] for c in cells), widest))])
+        rows.append([k, *(f"{x:.1%}" for x in (*(c["value"] for c in cells), widest(cells)))])
     return table(["k", *titles, "95% interval, at most ±"], rows)
 
 
@@ -193,9 +197,8 @@ def qwen() -> str:
     rows = []
     for what in ("soft_format", *MEASURES[2:], "tokens"):  # strict format is 0 throughout
         cells = [result["measurements"][when][what] for when in MEASURED]
-        widest = max((c["interval"][1] - c["interval"][0]) / 2 for c in cells)
         form = "{:.0f}" if what == "tokens" else "{:.1%}"
-        numbers = map(form.format, [*(c["value"] for c in cells), widest])
+        numbers = map(form.format, [*(c["value"] for c in cells), widest(cells)])
         rows.append([what.replace("_", " "), *numbers])
     return table(["200 test questions", *MEASURED.values(), "95% interval, at most ±"], rows)
 
