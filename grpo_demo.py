@@ -30,10 +30,13 @@ The training step matches the gist's on TRL 0.14. These differences change what 
  4. sdpa attention if flash-attn is not installed; the gist required flash-attn.
 """
 
+import json
+import logging
 import os
 import sys
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -42,18 +45,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
-from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    ModelConfig,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from yaml import YAMLError
 
 import rewards
-from assets import check, keep, memory, terminal
-from assets.claim import describe
-from assets.errors import UserError, one_line_errors, say
+from assets import resume, settings, terminal, wandb_run
+from assets.common import UserError, as_user_error, print_error, print_once
 from assets.evaluate import Evaluation, write_card
 
 # Model and data
@@ -145,29 +156,36 @@ ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
 
+def setting(constant: object, text: str) -> object:
+    """Return a field of DemoConfig: its default, and what `--help` says of it."""
+    return field(default=constant, metadata={"help": text})
+
+
 @dataclass
 class DemoConfig(GRPOConfig):
     """TRL's GRPOConfig and this script's own flags."""
 
-    dataset_name: str = field(default=DATASET_NAME, metadata={"help": "Hub id, or local folder."})
-    dataset_config: str | None = field(default=DATASET_CONFIG, metadata={"help": "Of a hub id."})
-    one_shot: bool = field(default=ONE_SHOT, metadata={"help": "Example in the prompt."})
-    max_prompt_length: int = field(default=MAX_PROMPT_LENGTH, metadata={"help": "In tokens."})
-    evaluate: bool = field(default=EVALUATE, metadata={"help": "Before and after training."})
-    eval_samples: int = field(default=EVAL_SAMPLES, metadata={"help": "Test questions; 0: all."})
-    eval_generations: int = field(default=EVAL_GENERATIONS, metadata={"help": "For pass@k."})
-    eval_only: bool = field(default=False, metadata={"help": "Evaluate, do not train."})
-    estimate_memory: bool = field(default=False, metadata={"help": "Print it, do not train."})
-    print_steps: int = field(default=PRINT_STEPS, metadata={"help": "Between samples shown."})
-    overwrite_output: bool = field(default=False, metadata={"help": "Move an old run aside."})
+    dataset_name: str = setting(DATASET_NAME, "Dataset: a hub id, or a local folder.")
+    dataset_config: str | None = setting(DATASET_CONFIG, "Configuration of a dataset on the hub.")
+    one_shot: bool = setting(ONE_SHOT, "Put the gist's example into every prompt.")
+    max_prompt_length: int = setting(MAX_PROMPT_LENGTH, "Report prompts with more tokens.")
+    evaluate: bool = setting(EVALUATE, "Measure test accuracy before and after training.")
+    eval_samples: int = setting(EVAL_SAMPLES, "Number of test questions; 0: all.")
+    eval_generations: int = setting(
+        EVAL_GENERATIONS, "Sample this many answers to each test question too, for pass@k; 0: none."
+    )
+    eval_only: bool = setting(False, "Only measure the test accuracy of a model; do not train.")
+    estimate_memory: bool = setting(False, "Only print how much GPU memory a step takes.")
+    print_steps: int = setting(PRINT_STEPS, "Show a sample every so many steps; 0: never.")
+    overwrite_output: bool = setting(False, "Move an old run in the output directory aside.")
 
     def __post_init__(self):
         """Refuse what TRL and transformers would refuse less clearly, too late, or not at all."""
         self.use_cpu = self.use_cpu or self.estimate_memory
-        check.values(self)
-        check.gpu(self)
+        settings.check_values(self)
+        settings.check_gpu(self)
         super().__post_init__()
-        check.tools(self)
+        settings.check_tools(self)
 
     @property
     def device(self) -> torch.device:
@@ -181,12 +199,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
 
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
-    parser = check.Parser([DemoConfig, ModelConfig], __doc__.split("GRPO in six lines")[0])
-    constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
-    TrlParser.set_defaults_with_config(parser, **constants)  # passes over those that are no flag
-    with one_line_errors("settings"):
+    parser = settings.Parser([DemoConfig, ModelConfig], __doc__.split("GRPO in six lines")[0])
+    names = {action.dest.upper() for action in parser._actions}
+    parser.set_defaults_with_config(
+        **{name.lower(): value for name, value in globals().items() if name in names}
+    )
+    with as_user_error("settings", TypeError, YAMLError):
         args, model_args = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)
-    check.values(model_args)
+    settings.check_values(model_args)
     return args, model_args
 
 
@@ -200,6 +220,29 @@ def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]
     return [{"role": role, "content": content} for role, content in messages]
 
 
+def is_local(name: str) -> bool:
+    """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
+    parent = os.path.dirname(name)
+    return os.path.exists(name) or "/" in parent or os.path.isdir(parent) or ".json" in name
+
+
+def parse_row(line: str | dict) -> dict[str, str]:
+    """Return question and gold answer of a JSON line or row; ValueError says what is missing."""
+    try:
+        row = json.loads(line) if isinstance(line, str) else line
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON, or deeply nested") from None
+    texts = [row.get(name) for name in ("question", "answer")] if isinstance(row, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("no text in 'question' and 'answer'")
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise ValueError("half a character")  # a lone surrogate, which is no Unicode text
+    gold = rewards.extract_hash_answer(row["answer"])
+    if gold is None or rewards.as_number(gold) is None:
+        raise ValueError("no number after '####'")
+    return {"question": row["question"], "answer": gold}
+
+
 def get_gsm8k_questions(
     split: str = "train",
     dataset_name: str = DATASET_NAME,
@@ -208,29 +251,25 @@ def get_gsm8k_questions(
 ) -> Dataset:
     """Return a split: columns prompt (messages), question and answer (the gold number, a string).
 
-    Bad rows are left out and counted in one warning. UserError if nothing is left or found.
+    Bad rows are left out and counted in one warning. ValueError if no row is left.
     """
-    where = f"{dataset_name!r} (a hub id, or a folder with {split}.jsonl; in {os.getcwd()})"
-    where += " (--evaluate False needs none)" if split == "test" else ""
-    with one_line_errors(f"no split {split!r} in dataset {where}"):
-        if check.is_local(dataset_name):
-            path = Path(dataset_name, f"{split}.jsonl")
-            lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-            raw = [line for line in lines if line.strip()]
-        else:
-            raw = load_dataset(dataset_name, dataset_config, split=split)
+    if is_local(dataset_name):
+        text = Path(dataset_name, f"{split}.jsonl").read_text("utf-8-sig", errors="replace")
+        raw = [line for line in text.split("\n") if line.strip()]
+    else:
+        raw = load_dataset(dataset_name, dataset_config, split=split)
     rows, bad = [], Counter()
     for line in raw:
         try:
-            row = check.row(line)
+            row = parse_row(line)
             rows.append({"prompt": make_prompt(row["question"], one_shot)} | row)
         except ValueError as error:
             bad[str(error)] += 1
     reasons = "; ".join(f"{n} with {reason}" for reason, n in bad.items())
     if not rows:
-        raise UserError(f"no usable row in split {split!r} of {where}: {reasons or 'it is empty'}")
+        raise ValueError(f"no usable row: {reasons or 'it is empty'}")
     if bad:
-        say(f"warning: {bad.total()} of {len(raw)} {split} rows left out: {reasons}", error=True)
+        print_error(f"warning: {bad.total()} of {len(raw)} {split} rows left out: {reasons}")
     return Dataset.from_list(rows)
 
 
@@ -240,82 +279,81 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     A directory or hub id with a LoRA adapter gives its base model with that adapter, trainable.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
+    if is_local(name) and not os.path.isdir(name):
+        raise FileNotFoundError("no such folder")
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
-    with one_line_errors(f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"):
-        if check.is_local(name) and not os.path.isdir(name):
-            raise FileNotFoundError("no such folder")
-        adapter = find_adapter_config_file(name, revision=revision)
-        auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-        model = auto.from_pretrained(
-            name,
-            revision=revision,
-            dtype=model_args.dtype,
-            attn_implementation=attention,
-            quantization_config=get_quantization_config(model_args),
-            use_safetensors=True,
-            **({"is_trainable": True} if adapter else {}),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    adapter = find_adapter_config_file(name, revision=revision)
+    auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    model = auto.from_pretrained(
+        name,
+        revision=revision,
+        dtype=model_args.dtype,
+        attn_implementation=attention,
+        quantization_config=get_quantization_config(model_args),
+        use_safetensors=True,
+        **({"is_trainable": True} if adapter else {}),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token  # as in the gist
     return model.to(args.device), tokenizer
 
 
-class GRPOTrainer(keep.ResumableTrainer):
-    """TRL's trainer, which also logs accuracy. Its name stays: W&B's timers are named after it."""
-
-    def __init__(self, args: DemoConfig, **kwargs):
-        super().__init__(args=args, **kwargs)
-        if self.use_vllm and self.vllm_mode == "colocate":  # it has set the seed to its own
-            set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write README.md of the output directory, with every checkpoint and at the end."""
-        if self.is_world_process_zero():
-            write_card(self.args, self.model.config._name_or_path)
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        texts, golds = [c[0]["content"] for c in completions], [row["answer"] for row in inputs]
-        self._log_completion_extra("question", [row["question"] for row in inputs])
-        self._log_completion_extra("text", texts)  # W&B shows both better than chat messages
-        self._log_completion_extra("gold", golds)
-        self._log_completion_extra("extracted", [rewards.extract_xml_answer(t) for t in texts])
-        kinds = {"strict": rewards.is_strict_correct, "lenient": rewards.is_lenient_correct}
-        for kind, right in kinds.items():
-            self._log_metric(f"accuracy/{kind}", sum(map(right, texts, golds)) / len(texts))
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-
-
 def build_trainer(
-    args: DemoConfig, model_args: ModelConfig, rows: Dataset, held_out: Dataset | None = None
+    args: DemoConfig,
+    model_args: ModelConfig,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    rows: Dataset,
+    held_out: Dataset | None = None,
 ) -> GRPOTrainer:
-    """Return the trainer with model, five rewards and, with `--use_peft`, the LoRA adapter.
+    """Return the trainer with the five rewards and, with `--use_peft`, the LoRA adapter.
 
     held_out  questions for `--eval_strategy steps`: accuracy on them while training
-
-    UserError if the model does not load, or the settings do not fit together.
     """
-    model, tokenizer = load_model(args, model_args)
     if model_args.model_revision != "main":  # TRL loads the reference model by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
-    with one_line_errors("TRL refuses these settings"):
-        check.prompts(args, model, tokenizer, rows)
-        trainer = GRPOTrainer(
-            model=model,
-            args=args,
-            reward_funcs=rewards.REWARD_FUNCS,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
-        )
-    check.cast(trainer)
+    five = len(rewards.REWARD_FUNCS)
+    args.reward_weights = [*(args.reward_weights or [1.0] * five)[:five], 0.0]
+    trainer = GRPOTrainer(
+        model=model,
+        args=args,
+        reward_funcs=[*rewards.REWARD_FUNCS, rewards.lenient_accuracy],  # the last one only logs
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
+    )
+    if args.use_vllm and args.vllm_mode == "colocate":  # vLLM has set the seed to its own
+        set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+    return trainer
+
+
+def load_questions(args: DemoConfig, split: str, one_shot: bool = False) -> Dataset:
+    """Return a split of the dataset; UserError says where it was looked for."""
+    where = f"{args.dataset_name!r} (a hub id, or a folder with {split}.jsonl; in {os.getcwd()})"
+    where += " (--evaluate False needs none)" if split == "test" else ""
+    with as_user_error(f"no split {split!r} in dataset {where}"):
+        return get_gsm8k_questions(split, args.dataset_name, args.dataset_config, one_shot)
+
+
+def prepare_trainer(
+    args: DemoConfig, model_args: ModelConfig, rows: Dataset, held_out: Dataset | None = None
+) -> GRPOTrainer:
+    """Load the model and build the trainer; UserError for what does not load or fit together."""
+    name = model_args.model_name_or_path
+    with as_user_error(f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"):
+        model, tokenizer = load_model(args, model_args)
+    with as_user_error("TRL refuses these settings"):
+        settings.check_prompts(args, model, tokenizer, rows)
+        trainer = build_trainer(args, model_args, model, tokenizer, rows, held_out)
+    settings.check_cast(trainer)
     return trainer
 
 
 def build_evaluation(args: DemoConfig, model_args: ModelConfig) -> Evaluation:
     """Return the evaluation on the test split, or on its first `eval_samples` rows."""
-    rows = get_gsm8k_questions("test", args.dataset_name, args.dataset_config)
+    rows = load_questions(args, "test")
     rows = rows.select(range(min(args.eval_samples or len(rows), len(rows))))
     return Evaluation(args, model_args.model_name_or_path, rows, make_prompt)
 
@@ -325,55 +363,75 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     args.output_dir = str(Path(args.output_dir, f"eval-{datetime.now():%Y%m%d-%H%M%S}"))
     args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
     evaluation = build_evaluation(args, model_args)
-    trainer = build_trainer(args, model_args, evaluation.questions)
-    terminal.banner(trainer, model_args)
-    for name, one_shot in {"zero_shot": False, "one_shot": True}.items():
-        evaluation.evaluate(trainer, name, one_shot)
+    trainer = prepare_trainer(args, model_args, evaluation.rows)
+    terminal.print_banner(trainer)
+    evaluation.evaluate(trainer, "zero_shot", one_shot=False)
+    evaluation.evaluate(trainer, "one_shot", one_shot=True)
     evaluation.report()
-    say(f"kept in {args.output_dir}")
+    print_once(f"kept in {args.output_dir}")
 
 
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
-    rows = get_gsm8k_questions("train", args.dataset_name, args.dataset_config, args.one_shot)
+    wandb_mode = wandb_run.find_mode(args)
+    rows = load_questions(args, "train", args.one_shot)
     evaluation = build_evaluation(args, model_args) if args.evaluate else None
     if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
         raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
-    config = describe(args, model_args, rows, SYSTEM_PROMPT, rewards.__file__)
-    with keep.run(args, config) as kept:
-        trainer = build_trainer(args, model_args, rows, evaluation and evaluation.questions)
-        trainer.add_callback(terminal.Terminal(trainer, args.print_steps))
-        kept.watch(trainer)
-        terminal.banner(trainer, model_args)
+    config = resume.describe(args, model_args, rows, SYSTEM_PROMPT, rewards.__file__)
+    with resume.claim_output(args, config) as run:
+        trainer = prepare_trainer(args, model_args, rows, evaluation and evaluation.rows)
+        trainer.create_model_card = lambda **_: write_card(args, model_args.model_name_or_path)
+        trainer.add_callback(terminal.Progress(trainer, args.print_steps))
+        trainer.add_callback(terminal.Health())
+        trainer.add_callback(resume.StopAndResume(args, run))
+        terminal.print_banner(trainer)
+        wandb_run.open_run(args, config, run.record["wandb_id"], wandb_mode)
         if evaluation:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
-        kept.train()  # trainer.train(), from the newest checkpoint
+        with suppress(resume.AtLastStep):  # it was stopped after its last step
+            trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model()
         if evaluation:
             after = "after_one_shot" if args.one_shot else "after_zero_shot"
             evaluation.evaluate(trainer, after, one_shot=args.one_shot)
             evaluation.report()
         trainer.create_model_card()
-    say(terminal.TALK.format(args.output_dir))
+    print_once(terminal.TALK.format(args.output_dir))
+
+
+def estimate_memory(args: DemoConfig, model_args: ModelConfig) -> None:
+    """Print how much GPU memory a step takes, without a GPU."""
+    from assets import memory  # which no training run needs
+
+    memory.report(args, model_args)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit status 0 when done, 2 with one line for an error to fix."""
     warnings.simplefilter("ignore", FutureWarning)  # transformers, about names that TRL uses
+    tied = "lm_head.weight"  # not in a checkpoint if tied: transformers warns when a run resumes
+    logging.getLogger("transformers.trainer").addFilter(lambda r: tied not in r.getMessage())
     disable_progress_bar()  # of loading weights
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack a character of a completion
     try:
         args, model_args = parse_args(argv)
-        task = memory.report if args.estimate_memory else eval_only if args.eval_only else train
-        task(args, model_args)
+        if args.estimate_memory:
+            estimate_memory(args, model_args)
+        elif args.eval_only:
+            eval_only(args, model_args)
+        else:
+            train(args, model_args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        if os.environ.get("TRACEBACK") or keep.Run.begun:  # training has begun
+        out_of_memory = should_reduce_batch_size(error)
+        if os.environ.get("TRACEBACK") or not (out_of_memory or isinstance(error, UserError)):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        known = "" if isinstance(error, UserError) else "; TRACEBACK=1 shows where"
-        say(f"error: {text}{known}", error=True)
+        print_error(terminal.OUT_OF_MEMORY if out_of_memory else f"error: {text}")
         raise SystemExit(2) from None
 
 

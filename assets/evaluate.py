@@ -7,194 +7,210 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 
 import pandas as pd
 import torch
 import trl
-import wandb
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 from tqdm import tqdm
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
+from trl.distributed import DistributedBackend
+from trl.models import unwrap_model_for_generation
 
-from assets import measure
-from assets.errors import first_process, say, write_json
+from assets import verdict, wandb_run
+from assets.common import first_process, print_error, print_once, write_json
+from assets.verdict import Answer
 from rewards import score
 
 GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
 
 
-def quiet(trainer: GRPOTrainer, greedy: bool) -> GRPOTrainer:
-    """Return a shallow copy that shares the model but logs no timers, and may decode greedily."""
-    trainer, tokenizer = copy(trainer), trainer.processing_class
-    trainer.args = copy(trainer.args)
-    trainer.args.report_to = []
-    if not greedy:
-        return trainer
-    if trainer.use_vllm:
-        trainer.vllm_generation = copy(trainer.vllm_generation)
-        trainer.vllm_generation.generation_kwargs = {"temperature": 0.0, "repetition_penalty": 1.0}
-        return trainer
-    off = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-    trainer.generation_kwargs = off | {
-        "do_sample": False,
-        "max_new_tokens": trainer.max_completion_length,
-        "eos_token_id": trainer.eos_token_ids,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    trainer.generation_config = GenerationConfig(**trainer.generation_kwargs, disable_compile=True)
-    return trainer
+def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = True) -> list[dict]:
+    """Generate for a batch of prompts, with the trainer's own backend and precision.
 
+    The prompts are split over the processes, which all make the same calls, as ZeRO-3 and FSDP
+    need. Greedy decoding takes no random numbers; else answers are sampled as in training.
 
-def generate(
-    trainer: GRPOTrainer,
-    prompts: list[list[dict[str, str]]],
-    batch_size: int,
-    title: str,
-    greedy: bool = True,
-) -> list[dict]:
-    """Generate for all prompts, with the trainer's own backend and precision.
-
-    Sharded over the processes, which all make the same number of calls, as ZeRO-3 and FSDP need.
-    Greedily, without random numbers; or sampled as in training. Returns a dict per prompt, in order
-    and on every process: `completion` (text), `tokens` (with the end-of-turn token) and `truncated`
-    (no end within the limit).
+    Returns a dict per prompt, in order and on every process: `completion` (text), `tokens` (with
+    the token that ends the text) and `truncated` (no end within the limit).
     """
-    trainer, tokenizer, done = quiet(trainer, greedy), trainer.processing_class, []
-    accelerator, extra = trainer.accelerator, -len(prompts) % trainer.accelerator.num_processes
-    hidden = trainer.args.disable_tqdm or not (sys.stderr.isatty() and accelerator.is_main_process)
-    start = time.time()
+    tokenizer, accelerator, answers = trainer.processing_class, trainer.accelerator, []
+    backend = generate_with_vllm if trainer.use_vllm else generate_with_transformers
+    extra = -len(prompts) % accelerator.num_processes
+    trainer.model.eval()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
-        for i in tqdm(range(0, len(shard), batch_size), title, leave=False, disable=hidden):
-            trainer.model.eval()
-            ids, _, _ = trainer._tokenize_prompts(shard[i : i + batch_size])
-            with accelerator.autocast():  # as in training; the model is not wrapped before it
-                completions, _ = trainer._generate_single_turn(ids, None, {}, 1)
-            for tokens in completions:
-                cut = tokens[-1] not in trainer.eos_token_ids
-                text = tokenizer.decode(tokens[: len(tokens) - (not cut)], skip_special_tokens=True)
-                done.append({"completion": text, "tokens": len(tokens), "truncated": cut})
-    say(f"{title}: {len(prompts)} answers in {time.time() - start:.0f} s")
-    return gather_object(done)[: len(prompts)]
+        ids = tokenizer.apply_chat_template(
+            shard,
+            chat_template=trainer.chat_template,
+            add_generation_prompt=True,
+            return_dict=True,
+            **trainer.chat_template_kwargs,
+        )["input_ids"]
+        for tokens in backend(trainer, ids, greedy):
+            ends = [i for i, token in enumerate(tokens) if token in trainer.eos_token_ids]
+            text = tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True)
+            length = ends[0] + 1 if ends else len(tokens)
+            answers.append({"completion": text, "tokens": length, "truncated": not ends})
+    return gather_object(answers)[: len(prompts)]
+
+
+def generate_with_transformers(
+    trainer: GRPOTrainer, ids: list[list[int]], greedy: bool
+) -> list[list[int]]:
+    """Return the new tokens of each prompt; after the end there may be padding."""
+    options = dict(trainer.generation_kwargs)
+    if greedy:  # without a user's generation_kwargs, which may sample
+        limits = ("max_new_tokens", "eos_token_id", "pad_token_id")
+        options = {name: options[name] for name in limits}
+        options["max_new_tokens"] = trainer.max_completion_length
+        options |= {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        options["repetition_penalty"] = 1.0
+    batch = trainer.processing_class.pad(
+        {"input_ids": ids}, padding_side="left", return_tensors="pt"
+    )
+    model, accelerator = trainer.model_wrapped, trainer.accelerator
+    with (
+        unwrap_model_for_generation(
+            model,
+            accelerator,
+            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            generation_kwargs=options,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        ) as unwrapped,
+        torch.no_grad(),
+        accelerator.autocast(),  # as in training; the model is not wrapped before it
+        DistributedBackend(accelerator).summon_full_params(model, recurse=False),
+    ):
+        config = GenerationConfig(**options, disable_compile=True)
+        made = unwrapped.generate(**batch.to(accelerator.device), generation_config=config)
+    return made[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def generate_with_vllm(trainer: GRPOTrainer, ids: list[list[int]], greedy: bool) -> list[list[int]]:
+    """Return the new tokens of each prompt, from the trainer's engine with the present weights."""
+    engine = trainer.vllm_generation
+    options = engine.generation_kwargs
+    if greedy:
+        engine.generation_kwargs = {"temperature": 0.0, "repetition_penalty": 1.0}
+    try:
+        engine.sync_weights()
+        _, made, _, _ = engine.generate(prompts=ids, images=None, num_generations=1)
+    finally:
+        engine.generation_kwargs = options
+    return [list(tokens) for tokens in made]
 
 
 class Evaluation:
-    """The evaluation of one run on `questions` (columns question, answer), kept with the run."""
+    """The evaluation of one run on `rows` (columns question, answer), kept with the run."""
 
-    def __init__(
-        self, args: GRPOConfig, model_name: str, questions: Dataset, make_prompt: Callable
-    ):
-        self.questions, self.make_prompt, self.out = questions, make_prompt, Path(args.output_dir)
+    def __init__(self, args: GRPOConfig, model_name: str, rows: Dataset, make_prompt: Callable):
+        self.args, self.rows, self.make_prompt = args, rows, make_prompt
+        self.out = Path(args.output_dir)
         names = ("dataset_name", "max_completion_length", "seed", "output_dir", "use_vllm")
         self.settings = {"model": model_name} | {name: getattr(args, name) for name in names}
-        self.samples = args.eval_generations
-        self.asked = list(zip(questions["question"], questions["answer"], strict=True))
-        self.measured: dict[str, list[dict]] = {}
+        self.answers: dict[str, list[Answer]] = {}
         self.passed: dict[str, dict] = {}
 
-    def evaluate(self, trainer: GRPOTrainer, name: str, one_shot: bool) -> list[dict]:
+    def evaluate(self, trainer: GRPOTrainer, name: str, one_shot: bool) -> list[Answer]:
         """Measure greedy answers to all questions, with an example if `one_shot`; return them.
 
         With `eval_generations` also pass@k: is one of k sampled answers right?
         """
-        self.measured[name] = self.answer(trainer, name, one_shot)
-        if n := self.samples:
-            rows = self.answer(trainer, name, one_shot, n)
-            self.passed[name] = measure.summarize_samples(rows, n)
-        return self.measured[name]
+        self.answers[name] = self.answer(trainer, name, one_shot)
+        if n := self.args.eval_generations:
+            sampled = self.answer(trainer, name, one_shot, n)
+            self.passed[name] = verdict.summarize_samples(sampled, n)
+        return self.answers[name]
 
     def answer(
         self, trainer: GRPOTrainer, name: str, one_shot: bool, samples: int = 0
-    ) -> list[dict]:
+    ) -> list[Answer]:
         """Generate and score a greedy answer to every question, or `samples` sampled ones.
 
-        Returns a row per answer: question, gold, completion, tokens, truncated and the four columns
-        of `rewards.score`. They are kept in `evaluation/<name>.parquet`, where a resumed run finds
-        them. Sampling has random numbers of its own: training is the same with and without it.
+        They are kept in `evaluation/<name>.parquet` after each batch, so a resumed run goes on from
+        there. Sampling has random numbers of its own: training is the same with and without it.
         """
+        args, title = self.args, f"{'sample' if samples else 'evaluate'} {name}"
         path = self.out / "evaluation" / f"{name}{'_sampled' if samples else ''}.parquet"
-        asked = [pair for pair in self.asked for _ in range(samples or 1)]
-
-        def kept() -> list[dict]:
-            try:
-                rows = pd.read_parquet(path).to_dict("records") if path.exists() else []
-                if rows:
-                    measure.summarize(rows)  # all columns are there
-                return rows if [(row["question"], row["gold"]) for row in rows] == asked else []
-            except Exception as error:  # whatever a library makes of a damaged file
-                say(f"warning: {path} is damaged, measured again: {error}", error=True)
-                return []
-
-        if not (rows := first_process(kept)):
-            prompts = [self.make_prompt(question, one_shot) for question, _ in asked]
-            args, title = trainer.args, f"{'sample' if samples else 'evaluate'} {name}"
+        pairs = zip(self.rows["question"], self.rows["answer"], strict=True)
+        pairs = [pair for pair in pairs for _ in range(samples or 1)]
+        answers = first_process(lambda: read_answers(path, pairs))
+        kept, start = len(answers), time.time()
+        hidden = args.disable_tqdm or args.process_index > 0 or not sys.stderr.isatty()
+        bar = tqdm(desc=title, total=len(pairs), initial=kept, leave=False, disable=hidden)
+        while len(answers) < len(pairs):
+            done = len(answers)
+            batch = pairs[done : done + args.per_device_eval_batch_size * args.world_size]
+            prompts = [self.make_prompt(question, one_shot) for question, _ in batch]
             with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
-                torch.manual_seed(args.seed + args.process_index)
-                size = args.per_device_eval_batch_size
-                made = generate(trainer, prompts, size, title, greedy=not samples)
-            rows = [
-                {"question": question, "gold": gold, **row, **score(row["completion"], gold)}
-                for (question, gold), row in zip(asked, made, strict=True)
-            ]
-            if PartialState().is_main_process:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pd.DataFrame(rows).to_parquet(path.with_suffix(".part"))
-                path.with_suffix(".part").rename(path)  # atomic: never a partial file
-        return rows
+                torch.manual_seed(args.seed + done + args.process_index)
+                made = generate(trainer, prompts, greedy=not samples)
+            for (question, gold), row in zip(batch, made, strict=True):
+                scores = score(row["completion"], gold)
+                answers.append({"question": question, "gold": gold, **row, **scores})
+            if args.process_index == 0:
+                write_answers(path, answers)
+            bar.update(len(batch))
+        bar.close()
+        if len(answers) > kept:
+            print_once(f"{title}: {len(answers) - kept} answers in {time.time() - start:.0f} s")
+        return answers
 
     def report(self) -> dict:
         """Print the table and, after training, the verdict; keep both in `evaluation.json`, W&B."""
-        measurements = {name: measure.summarize(rows) for name, rows in self.measured.items()}
-        result = {"settings": self.settings | {"decoding": "greedy"}, "measurements": measurements}
-        say()
-        for name, *cells in measure.table(measurements, "{:.1%} [{:.0%}, {:.0%}]"):
-            say(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
+        measured = {name: verdict.summarize(answers) for name, answers in self.answers.items()}
+        result = {"settings": self.settings | {"decoding": "greedy"}, "measurements": measured}
+        print_once()
+        for name, *cells in verdict.table(measured, "{:.1%} [{:.0%}, {:.0%}]"):
+            print_once(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
         if self.passed:
             result["pass"] = self.passed
-            for line in measure.pass_table(self.passed):
-                say(line)
-        if len(measurements) == 3:
-            before, control, after = self.measured.values()
-            if "after_one_shot" in measurements:
+            for line in verdict.pass_table(self.passed):
+                print_once(line)
+        if len(measured) == 3:
+            before, control, after = self.answers.values()
+            if "after_one_shot" in measured:
                 before, control = control, before
-            result |= measure.verdict(before=before, control=control, after=after)
-            result["sentences"] = measure.explain(result, measurements)
+            result |= verdict.decide(before=before, control=control, after=after)
+            result["sentences"] = verdict.explain(result, measured)
             if self.passed:
-                result["sentences"].append(measure.sharpening(self.passed))
+                result["sentences"].append(verdict.sharpening(self.passed))
             for text in (f"\nlearned: {result['verdict']}", *result["sentences"]):
-                say(textwrap.fill(text, 80, replace_whitespace=False))
-        if PartialState().is_main_process:
+                print_once(textwrap.fill(text, 80, replace_whitespace=False))
+        if self.args.process_index == 0:
             write_json(self.out / "evaluation.json", result)
-        self.log(result)
+        wandb_run.log_evaluation(result, self.answers)
         return result
 
-    def log(self, result: dict) -> None:
-        """Add to the W&B run: figures and 50 answers each in its summary, and a bar chart."""
-        if not wandb.run:
-            return
-        summary = {f"eval/{key}": result[key] for key in ("verdict", "sentences") if key in result}
-        bars = wandb.Table(["measurement", "accuracy"])
-        for name, columns in result["measurements"].items():
-            summary |= {f"eval/{name}/{column}": cell["value"] for column, cell in columns.items()}
-            for kind, shares in self.passed.get(name, {}).items():
-                summary |= {f"eval/{name}/{kind}/pass@{k}": c["value"] for k, c in shares.items()}
-            for kind in ("lenient", "strict"):
-                bars.add_data(f"{name}, {kind}", columns[f"{kind}_accuracy"]["value"])
-        kept = self.measured.items()
-        answers = pd.DataFrame([{"measurement": k} | row for k, rows in kept for row in rows[:50]])
-        summary["eval/answers"] = wandb.Table(dataframe=answers)
-        wandb.run.summary.update(summary)
-        title = "Test accuracy: right anywhere (lenient), right inside the tags (strict)"
-        wandb.log({"eval/chart": wandb.plot.bar(bars, "measurement", "accuracy", title=title)})
+
+def read_answers(path: Path, pairs: list[tuple[str, str]]) -> list[Answer]:
+    """Return the answers kept in a file, if they are to the first of these questions; else none."""
+    try:
+        answers = pd.read_parquet(path).to_dict("records") if path.exists() else []
+        if answers:
+            verdict.summarize(answers)  # all columns are there
+    except Exception as error:  # whatever a library makes of a damaged file
+        print_error(f"warning: {path} is damaged, measured again: {error}")
+        return []
+    kept = [(answer["question"], answer["gold"]) for answer in answers]
+    return answers if kept == pairs[: len(kept)] else []
+
+
+def write_answers(path: Path, answers: list[Answer]) -> None:
+    """Write answers with an atomic rename: never a partial file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(answers).to_parquet(path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def write_card(args: GRPOConfig, model_name: str) -> None:
     """Write the model card, README.md: model, data, command, and the evaluation if there is one."""
+    if args.process_index:
+        return
     on_hub = {"base_model": model_name, "datasets": args.dataset_name}
     on_hub = {key: name for key, name in on_hub.items() if not os.path.exists(name)}
     out, command = Path(args.output_dir), shlex.join(["python", "grpo_demo.py", *sys.argv[1:]])
@@ -202,13 +218,11 @@ def write_card(args: GRPOConfig, model_name: str) -> None:
     data = ModelCardData(**on_hub, library_name=library, tags=["trl", "grpo"])
     lines = [f"---\n{data.to_yaml()}\n---", f"# {out.name}"]
     lines += [f"The model `{model_name}`, trained with GRPO on the data `{args.dataset_name}`:"]
-    lines += [
-        f"    {command}",
-        f"The script is willccbb's {GIST}, updated to TRL {trl.__version__}.",
-    ]
+    lines += [f"    {command}"]
+    lines += [f"The script is willccbb's {GIST}, updated to TRL {trl.__version__}."]
     if (out / "evaluation.json").exists():
         result = json.loads((out / "evaluation.json").read_text())
-        header, *rows = measure.table(result["measurements"], "{:.1%} [{:.1%}, {:.1%}]")
+        header, *rows = verdict.table(result["measurements"], "{:.1%} [{:.1%}, {:.1%}]")
         rows = [header, ["---"] * len(header), *rows]
         lines += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
         lines += ["Test questions, greedy answers; in brackets 95% intervals."]

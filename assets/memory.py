@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-from assets.errors import UserError, one_line_errors, say
+from assets.common import UserError, as_user_error, print_once
 
 CARDS = (16, 24, 40, 80)  # GB
 USABLE = 0.9  # of a card: the rest is for what is not counted
@@ -214,10 +214,12 @@ def report(args: GRPOConfig, model_args: ModelConfig) -> None:
     name, largest = model_args.model_name_or_path, {}
     row = "{:<8} {:>13} {:>11} {:>8}  {:<10}" + " {:>6}" * len(CARDS)
     cards = [f"{card} GB" for card in CARDS]
-    say(f"Peak memory of {name}, estimated in about a minute and a half:")
-    say(f"prompts of {args.max_prompt_length} tokens, completions of {args.max_completion_length}")
-    say(row.format("training", "checkpointing", "micro-batch", "peak, GB", "in", *cards))
-    with one_line_errors(f"cannot estimate {name!r}"):
+    print_once(f"Peak memory of {name}, estimated in about a minute and a half:")
+    print_once(
+        f"prompts of {args.max_prompt_length} tokens, completions of {args.max_completion_length}"
+    )
+    print_once(row.format("training", "checkpointing", "micro-batch", "peak, GB", "in", *cards))
+    with as_user_error(f"cannot estimate {name!r}"):
         config = Qwen2Config(**QWEN) if name == DEFAULT else AutoConfig.from_pretrained(name)
         for training, model_args.use_peft in (("full", False), ("LoRA", True)):
             for checkpointing, rows, peak in peaks(config, args, model_args):
@@ -226,12 +228,12 @@ def report(args: GRPOConfig, model_args: ModelConfig) -> None:
                 fits = (
                     "yes" if top <= USABLE * n else "tight" if top <= n else "no" for n in CARDS
                 )
-                say(row.format(training, mode, rows, f"{top:.1f}", phase, *fits))
+                print_once(row.format(training, mode, rows, f"{top:.1f}", phase, *fits))
                 key = f"{training:<4}, checkpointing {mode:<3}"
                 largest[key] = rows if top <= USABLE * 24 else largest.get(key, "none")
-    say("\nLargest micro-batch that leaves 10% of a 24 GB card free:")
+    print_once("\nLargest micro-batch that leaves 10% of a 24 GB card free:")
     for key, rows in largest.items():
-        say(f"{key}: {rows}")
+        print_once(f"{key}: {rows}")
 
 
 def advice(config: PretrainedConfig, args: GRPOConfig, model_args: ModelConfig, card: int) -> str:

@@ -1,23 +1,27 @@
-"""What the terminal shows: a banner, progress, a sample now and then, the result.
+"""What the terminal shows: a banner, progress, a sample now and then, warnings, out of memory.
 
 A terminal has one line that is redrawn; a log file gets a short line now and then instead. Both
 get the same samples, and both fit in 80 columns.
 """
 
+import math
 import sys
 import time
 
 import torch
+import wandb
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from trl import GRPOTrainer, ModelConfig
+from trl import GRPOTrainer
 
-from assets import memory
-from assets.errors import say
+from assets import wandb_run
+from assets.common import print_error, print_once
 
 LONG = 600  # characters; the middle of a longer completion is not shown
 LINES = 20  # progress lines of a run in a log file
@@ -32,35 +36,44 @@ chat = pipeline("text-generation", "{}", max_new_tokens=256)
 q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
 print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
 EOF"""
+OUT_OF_MEMORY = (
+    "error: out of memory. In this order, try --gradient_checkpointing True, --use_peft, a smaller "
+    "--max_completion_length; --estimate_memory shows what fits which card"
+)
 
 
-def banner(trainer: GRPOTrainer, model_args: ModelConfig) -> None:
-    """Print what is about to run, and what it takes of the GPU."""
-    args, model, gpu = trainer.args, trainer.model, trainer.args.device.type == "cuda"
-    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    prompts, trained = len(trainer.train_dataset), trainer.get_num_trainable_parameters()
-    say(f"model   {model.config._name_or_path}, {model.dtype}")
-    say(f"        {model.num_parameters():,} parameters, {trained:,} of them trained")
-    say(f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention")
-    if gpu:
-        card = torch.cuda.get_device_properties(args.device).total_memory
-        say(f"memory  {memory.advice(model.config, args, model_args, card)}")
-    say(f"data    {args.dataset_name}, {prompts:,} prompts")
-    say(f"output  {args.output_dir}")
-    if args.eval_only:
-        return
-    say(f"step    {args.generation_batch_size} completions in groups of {args.num_generations}")
-    say("shown   reward, format (soft, strict), right (lenient, strict), tokens")
+def print_banner(trainer: GRPOTrainer) -> None:
+    """Print what is about to run, and on what."""
+    args, model = trainer.args, trainer.model
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if args.device.type == "cuda":
+        card = torch.cuda.get_device_properties(args.device)
+        device = f"{card.name}, {card.total_memory / 1e9:.1f} GB"
+    trained = trainer.get_num_trainable_parameters()
+    print_once(f"model   {model.config._name_or_path}, {model.dtype}")
+    print_once(f"        {model.num_parameters():,} parameters, {trained:,} of them trained")
+    print_once(
+        f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention"
+    )
+    print_once(f"data    {args.dataset_name}, {len(trainer.train_dataset):,} prompts")
+    print_once(f"output  {args.output_dir}")
+    if not args.eval_only:
+        groups = f"{args.generation_batch_size} completions in groups of {args.num_generations}"
+        print_once(f"step    {groups}")
+        print_once("shown   reward, format (soft, strict), right (lenient, strict), tokens")
 
 
-def sample(trainer: GRPOTrainer, step: int) -> Panel:
+def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
     """Return the first completion of the last step as a block: question, answer and rewards."""
     logs, names = trainer._logs, {"simple_correctness": "correct"}
     text = logs["extra"]["text"][0]
     if len(text) > LONG:
         text = f"{text[: LONG // 2]}\n[... {len(text) - LONG} characters ...]\n{text[-LONG // 2 :]}"
-    rewards = {name.removesuffix("_reward_func"): v[0] for name, v in logs["rewards"].items()}
-    earned = [f"{names.get(name, name)} {value:.2f}" for name, value in rewards.items()]
+    earned = []
+    for name, values in logs["rewards"].items():
+        short = name.removesuffix("_reward_func")
+        if name != "lenient_accuracy":  # logged with weight 0
+            earned.append(f"{names.get(short, short)} {values[0]:.2f}")
     answer = f"gold {logs['extra']['gold'][0]}, extracted {logs['extra']['extracted'][0][:60]}"
     rows = {
         "question": logs["extra"]["question"][0],
@@ -74,7 +87,7 @@ def sample(trainer: GRPOTrainer, step: int) -> Panel:
     return Panel(grid, title=f"step {step}", title_align="left", border_style="dim")
 
 
-class Terminal(TrainerCallback):
+class Progress(TrainerCallback):
     """Shows the progress of training, in place of transformers' and TRL's own output."""
 
     def __init__(self, trainer: GRPOTrainer, print_steps: int):
@@ -86,32 +99,94 @@ class Terminal(TrainerCallback):
         if self.bar is not None:
             return
         self.start, self.first = time.time(), state.global_step
-        quiet = args.disable_tqdm or not sys.stderr.isatty() or not state.is_world_process_zero
+        hidden = args.disable_tqdm or not sys.stderr.isatty() or not state.is_world_process_zero
         form = "{n_fmt}/{total_fmt} {remaining} left {desc}"
         steps = {"total": state.max_steps, "initial": state.global_step}
-        self.bar = tqdm(**steps, bar_format=form, disable=quiet, dynamic_ncols=True, leave=True)
+        self.bar = tqdm(**steps, bar_format=form, disable=hidden, dynamic_ncols=True, leave=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs or not state.is_world_process_zero:
             return
-        step, last, mean = state.global_step, state.max_steps, "rewards/{}_format_reward_func/mean"
-        soft, strict = (logs.get(mean.format(kind), 0.0) for kind in ("soft", "strict"))
-        right = [f"{logs[f'accuracy/{kind}']:.0%}" for kind in ("lenient", "strict")]
-        text = f"{logs.get('step_time', 0):.1f}s reward {logs['reward']:.2f} format {soft:.2f}"
-        text += (
-            f" {strict:.2f} right {' '.join(right)} tokens {logs['completions/mean_length']:.0f}"
-        )
+        try:
+            self.show(state.global_step, state.max_steps, logs)
+        except Exception as error:  # must not stop the training
+            print_error(f"warning: step {state.global_step} cannot be shown: {error}")
+
+    def show(self, step: int, last: int, logs: dict[str, float]) -> None:
+        """Show the progress line, and now and then a sample."""
+        soft, strict = (logs.get(f"rewards/{f}_format_reward_func/mean", 0.0) for f in FORMATS)
+        right = [f"{logs.get(f'accuracy/{kind}', 0.0):.0%}" for kind in ("lenient", "strict")]
+        text = f"{logs.get('step_time') or 0:.1f}s reward {logs['reward']:.2f} "
+        text += f"format {soft:.2f} {strict:.2f} right {' '.join(right)} "
+        text += f"tokens {logs['completions/mean_length']:.0f}"
         if not self.bar.disable:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         elif step in (1, last) or step % max(1, last // LINES) == 0:
-            each = (time.time() - self.start) / max(1, step - self.first)
-            left = tqdm.format_interval((last - step) * each)
-            say(f"{step}/{last} {left} left {text}")
+            seconds = (time.time() - self.start) / max(1, step - self.first)
+            left = tqdm.format_interval((last - step) * seconds)
+            print_once(f"{step}/{last} {left} left {text}")
         if self.print_steps and (step == 1 or step % self.print_steps == 0):
             with tqdm.external_write_mode(file=sys.stdout):
-                Console().print(sample(self.trainer, step))
+                Console().print(draw_sample(self.trainer, step))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
+
+
+FORMATS = ("soft", "strict")
+
+
+class Health(TrainerCallback):
+    """Warns once of each silent failure; stops the run, unsaved, when it is not finite."""
+
+    def __init__(self):
+        self.broken, self.formatted, self.warned = False, False, set()
+        self.flat_steps, self.skipped = 0, 0  # in a row
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        broken = not math.isfinite(get_total_norm(trained))
+        self.broken = any(gather_object([broken]))  # all processes stop at the same step
+        control.should_log = control.should_log or self.broken  # `on_log` stops it
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" not in logs:
+            return
+        formats = [logs.get(f"rewards/{f}_format_reward_func/mean", 1) for f in FORMATS]
+        self.formatted = self.formatted or any(formats)
+        self.flat_steps = self.flat_steps + 1 if logs.get("frac_reward_zero_std") == 1 else 0
+        skipped = not math.isfinite(logs.get("grad_norm", 0.0))  # fp16: GradScaler lowers its scale
+        self.skipped = self.skipped + 1 if skipped else 0
+        finite = math.isfinite(logs.get("loss", 0.0)) and self.skipped <= (20 if args.fp16 else 0)
+        self.broken = self.broken or not finite
+        cut_off = (logs.get("completions/clipped_ratio") or 0) > 0.5
+        no_format = state.global_step >= 50 and not self.formatted
+        problems = {
+            "no reward variance in any group for 20 steps: nothing is learned": self.flat_steps
+            >= 20,
+            "most completions are cut off: raise --max_completion_length": cut_off,
+            "format rewards are still 0: look at the completions": no_format,
+            "the loss or a weight is not finite: stopping": self.broken,
+        }
+        for problem, present in problems.items():
+            if present:
+                self.warn(f"step {state.global_step}: {problem}", problem)
+        if self.broken:  # the last checkpoint is the last good one
+            control.should_training_stop, control.should_save = True, False
+
+    def warn(self, text: str, problem: str) -> None:
+        """Print a warning and send it to W&B, once for each problem."""
+        if problem not in self.warned:
+            self.warned.add(problem)
+            print_error(f"warning: {text}")
+            if wandb.run:
+                wandb.run.alert(title="grpo_demo", text=text)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.broken:
+            wandb_run.close_run()
+            again = "start again with a lower --learning_rate and --overwrite_output"
+            print_once(f"stopped at step {state.global_step}; {again}")
+            raise SystemExit(1)

@@ -1,0 +1,238 @@
+"""Refuse settings that would fail late, or never: before anything is loaded, in one line.
+
+What libraries refuse when the command line is read is left to them.
+"""
+
+import argparse
+import math
+import os
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib.util import find_spec
+
+import torch
+import trl
+from datasets import Dataset
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    get_scheduler,
+)
+from transformers.integrations import get_available_reporting_integrations
+from trl import TrlParser
+
+from assets.common import UserError, as_user_error, print_error
+
+NOT_SUPPORTED = {
+    "trust_remote_code": "the script runs no code from a model's repository",
+    "resume_from_checkpoint": "run the same command again, it resumes",
+    "push_to_hub": "it would upload W&B files and completions. After training: hf upload YOU/NAME "
+    "OUTPUT_DIR . --exclude 'wandb/*' --exclude 'completions/*' --exclude 'checkpoint-*/*' "
+    "--exclude run.json",
+    "hub_token": "it would be logged. Set the environment variable HF_TOKEN",
+    "save_only_model": "such a checkpoint cannot be resumed",
+}
+RANGES = [  # what is said, what must hold, for which settings
+    (
+        "above 0",
+        lambda x: x > 0,
+        """adam_epsilon gradient_accumulation_steps logging_steps lora_alpha lora_r num_generations
+        max_completion_length max_prompt_length num_iterations num_train_epochs temperature top_p
+        per_device_eval_batch_size per_device_train_batch_size repetition_penalty save_steps
+        save_total_limit steps_per_generation generation_batch_size vllm_gpu_memory_utilization
+        vllm_tensor_parallel_size""",
+    ),
+    (
+        "0 or above",
+        lambda x: x >= 0,
+        """beta epsilon eval_generations eval_samples learning_rate lora_dropout max_grad_norm min_p
+        num_completions_to_print print_steps seed top_k warmup_steps weight_decay""",
+    ),
+    (
+        "at most 1",
+        lambda x: x <= 1,
+        "adam_beta1 adam_beta2 lora_dropout min_p top_p vllm_gpu_memory_utilization",
+    ),
+    ("-1 (all), or above 0", lambda x: x == -1 or x > 0, "max_steps"),
+]
+CHOICES = {  # which the libraries would refuse late
+    "loss_type": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo",  # TRL 1.16
+    "scale_rewards": "group batch none True False",
+    "importance_sampling_level": "token sequence",
+    "logging_strategy": "steps epoch",
+    "vllm_mode": "colocate server",
+    "dtype": "auto bfloat16 float16 float32",
+}
+FIXED_OPTIONS = {  # of generation
+    "num_return_sequences": "--num_generations sets the group",
+    "n": "--num_generations sets the group",
+    "max_new_tokens": "use --max_completion_length",
+    "max_length": "use --max_completion_length",
+    "max_tokens": "use --max_completion_length",
+    "num_beams": "a group is sampled",
+    "do_sample": "a group is sampled; greedy answers would all be equal",
+    "return_dict_in_generate": "TRL needs the tokens alone",
+}
+NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults of all flags, and the description as it is."""
+
+
+class Parser(TrlParser):
+    """TRL's parser, with errors in one line, and one check of types for flags, YAML and constants.
+
+    A misspelt flag is named before a missing GPU.
+    """
+
+    def __init__(self, configs: list[type], description: str):
+        usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
+        texts = {"usage": usage, "description": description, "formatter_class": Help}
+        known = [field for config in configs for field in fields(config)]
+        self.optional = {f.name for f in known if "None" in str(f.type)}  # transformers drops it
+        super().__init__(configs, allow_abbrev=False, **texts)
+
+    def parse_args_and_config(self, args: list[str]) -> tuple:
+        """Return the settings. UserError for a flag, key or value that cannot be."""
+        plain = []
+        for arg in args:
+            plain += arg.split("=", 1) if arg.startswith("--config=") else [arg]
+        if plain[-1:] == ["--config"]:
+            raise UserError("--config needs the name of a YAML file")
+        if plain.count("--config") > 1:
+            raise UserError("--config can be given once")
+        return super().parse_args_and_config(plain)
+
+    def error(self, message: str):
+        """Raise UserError; argparse would print all 200 flags first."""
+        raise UserError(message)
+
+    def unknown(self, kind: str, name: str):
+        """Raise UserError for a name that is no setting; it names the nearest one."""
+        settings = [action.dest for action in self._actions]
+        near = get_close_matches(name.lstrip("-"), settings, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        self.error(f"unknown {kind} {name}; {hint}")
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.unknown("flag", unknown[0])
+        return known, unknown
+
+    def set_defaults_with_config(self, **settings) -> list:
+        """Set the values of a YAML file, as strict as flags: argparse converts their text."""
+        actions = {action.dest: action for action in self._actions}
+        for name, value in settings.items():
+            if name not in actions:
+                self.unknown("key in the YAML file:", name)
+            action = actions[name]
+            if value is None and name not in self.optional:
+                self.error(f"{name}: null is no value for it")
+            if isinstance(value, list) and action.nargs:
+                settings[name] = [action.type(str(item)) for item in value]
+            elif not isinstance(value, dict | list) and value is not None:
+                settings[name] = str(value)  # argparse converts a default that is a text
+        return super().set_defaults_with_config(**settings)
+
+
+def check_gpu(args: trl.GRPOConfig) -> None:
+    """Raise UserError if there is no GPU, several without a launcher, or one without bf16."""
+    if not args.use_cpu and not torch.cuda.is_available():
+        laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
+        raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
+    gpus = 0 if args.use_cpu else torch.cuda.device_count()
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
+        n = 1 << gpus.bit_length() - 1  # the largest power of two: divides 64
+        run = f"--num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
+        one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
+        raise UserError(f"{gpus} GPUs, 1 process. Use {n}: accelerate launch {run}; or 1: {one}")
+    if gpus and args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        flags = "--bf16 False --fp16 True --dtype float32"
+        flags += ", and --use_peft if the memory is too small (--estimate_memory tells)"
+        raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
+
+
+def check_values(args: object) -> None:
+    """Raise UserError for a number out of range, or an unknown choice; `args` may lack some."""
+    for name, instead in NOT_SUPPORTED.items():
+        if getattr(args, name, None):
+            raise UserError(f"--{name} is not supported: {instead}")
+    for text, holds, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise UserError(f"--{name} {value}: it must be {text}")
+    for name, choices in CHOICES.items():
+        value = getattr(args, name, None)
+        if value is not None and str(value) not in choices.split():
+            raise UserError(f"--{name} {value}: choose one of {choices}")
+    for name in NOT_EMPTY.split():
+        if getattr(args, name, None) == "":
+            raise UserError(f"--{name} is empty")
+    if not all(map(math.isfinite, getattr(args, "reward_weights", None) or [])):
+        raise UserError(f"--reward_weights {args.reward_weights}: they must be finite")
+
+
+def check_tools(args: trl.GRPOConfig) -> None:
+    """Raise UserError if optimizer, scheduler, sampling or a logger cannot be made."""
+    if args.use_vllm and not find_spec("vllm"):
+        raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
+    with as_user_error(f"--optim {args.optim}", ImportError, RuntimeError):
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    with as_user_error(f"--lr_scheduler_type {args.lr_scheduler_type}", TypeError):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+        more = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, **more)
+    if missing := set(args.report_to) - set(get_available_reporting_integrations()):
+        raise UserError(f"--report_to {' '.join(missing)}: not installed, or unknown")
+    check_sampling(args.generation_kwargs or {}, args.use_vllm)
+
+
+def check_sampling(options: object, use_vllm: bool) -> None:
+    """Raise UserError for `--generation_kwargs` that are no options or would break the groups."""
+    what = f"--generation_kwargs {options}"
+    if not isinstance(options, dict):
+        raise UserError(f"{what}: write it as JSON, for example '{{\"temperature\": 0.9}}'")
+    known = {} if use_vllm else GenerationConfig().to_dict()
+    if not use_vllm and (unknown := options.keys() - known.keys()):
+        raise UserError(f"{what}: unknown: {', '.join(unknown)}")
+    if fixed := options.keys() & FIXED_OPTIONS.keys():
+        name = min(fixed)
+        raise UserError(f"{what}: {name} cannot be set here: {FIXED_OPTIONS[name]}")
+    temperature = options.get("temperature", 1.0)
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise UserError(f"{what}: the temperature must be a number above 0")
+
+
+def check_prompts(
+    args: trl.GRPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+) -> None:
+    """Warn of long prompts and of control tokens; UserError if a prompt leaves no room."""
+    ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)
+    lengths = [len(prompt) for prompt in ids["input_ids"]]
+    if long := sum(n > args.max_prompt_length for n in lengths):
+        over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
+        print_error(f"warning: {over} (up to {max(lengths)}); they are kept whole")
+    special = tokenizer.all_special_tokens
+    if ends := sum(any(token in q for token in special) for q in rows["question"]):
+        print_error(f"warning: {ends} questions have tokens that end a turn")
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if (longest := max(lengths) + args.max_completion_length) > positions:
+        room = f"a prompt and its completion may take {longest} tokens"
+        raise UserError(f"{room}, the model takes {positions}: lower --max_completion_length")
+
+
+def check_cast(trainer: trl.GRPOTrainer) -> None:
+    """Raise UserError if continuous batching would cast the weights that are trained."""
+    args = trainer.args
+    wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtypes = {p.dtype for p in trainer.model.parameters()}
+    if args.use_transformers_continuous_batching and wanted and dtypes != {wanted}:
+        raise UserError(
+            f"continuous batching would cast weights in training to {wanted}: add --bf16 False "
+            "--fp16 False, or train in bfloat16, without LoRA"
+        )

@@ -1,0 +1,188 @@
+"""What answers are worth: shares and means with 95% intervals, pass@k, the rule of the verdict."""
+
+import math
+from typing import TypedDict
+
+from rewards import score
+
+Z = 1.96  # 95% intervals
+MEASURES = [*score("", ""), "truncated", "tokens"]
+
+
+class Interval(TypedDict):
+    """A share (0 to 1), a mean or a difference of shares, of `n` questions; its 95% interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+class Answer(TypedDict):
+    """A model's answer to a question, as kept in `evaluation/*.parquet`."""
+
+    question: str
+    gold: str
+    completion: str
+    tokens: int  # with the token that ends the text
+    truncated: bool  # no end within the limit
+    strict_format: bool
+    soft_format: bool
+    strict_accuracy: bool
+    lenient_accuracy: bool
+
+
+def share(answers: list[Answer], measure: str) -> float:
+    """Return the share of answers for which `measure` is true, from 0 to 1."""
+    return sum(answer[measure] for answer in answers) / len(answers)
+
+
+def share_interval(answers: list[Answer], measure: str) -> Interval:
+    """Return that share with Wilson's interval (1927)."""
+    n, p = len(answers), share(answers, measure)
+    zz = Z * Z / n
+    center = p + zz / 2
+    half = Z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
+    return Interval(value=p, n=n, low=(center - half) / (1 + zz), high=(center + half) / (1 + zz))
+
+
+def mean_interval(values: list[float]) -> Interval:
+    """Return a mean with its interval: +- 1.96 standard errors."""
+    n = len(values)
+    mean = sum(values) / n
+    half = Z * math.sqrt(sum((x - mean) ** 2 for x in values)) / n
+    return Interval(value=mean, n=n, low=mean - half, high=mean + half)
+
+
+def paired_interval(measure: str, before: list[Answer], after: list[Answer]) -> Interval:
+    """Return the difference of two shares on the same questions, with its paired interval.
+
+    Source: Agresti and Min 2005.
+    """
+    changes = [int(a[measure]) - int(b[measure]) for b, a in zip(before, after, strict=True)]
+    n = len(changes)
+    center = sum(changes) / (n + 2)
+    half = Z * math.sqrt(((sum(map(abs, changes)) + 1) / (n + 2) - center**2) / (n + 2))
+    low, high = max(-1.0, center - half), min(1.0, center + half)
+    return Interval(value=sum(changes) / n, n=n, low=low, high=high)
+
+
+def summarize(answers: list[Answer]) -> dict[str, Interval]:
+    """Return each figure of one measurement: five shares, and the mean of `tokens`."""
+    shares = {measure: share_interval(answers, measure) for measure in MEASURES[:-1]}
+    return shares | {"tokens": mean_interval([answer["tokens"] for answer in answers])}
+
+
+def decide(*, before: list[Answer], control: list[Answer], after: list[Answer]) -> dict:
+    """Return how much of the gain in strict accuracy is due to format and how much to reasoning.
+
+    before   the untrained model with the prompt used in training
+    control  the untrained model with the other prompt: with an example, or without one
+    after    the trained model
+
+    Reasoning is the gain in lenient accuracy over the better of the two untrained prompts. Format
+    is the rest: answers that were right but not in tags. A part counts as learned if its 95%
+    interval lies above zero; for the format, that of soft or strict format.
+
+    Returns "verdict" (text), "gain" (name -> Interval; "format" is a number) and "best_untrained".
+    """
+    measures = ("strict_accuracy", "soft_format", "strict_format")
+    gains = {measure: paired_interval(measure, before, after) for measure in measures}
+    best = max(control, before, key=lambda answers: share(answers, "lenient_accuracy"))
+    gains["reasoning"] = paired_interval("lenient_accuracy", best, after)
+    gains["format"] = gains["strict_accuracy"]["value"] - gains["reasoning"]["value"]
+    learned = []
+    if max(gains["soft_format"]["low"], gains["strict_format"]["low"]) > 0:
+        learned.append("format")
+    if gains["reasoning"]["low"] > 0:
+        learned.append("reasoning")
+    verdict = " and ".join(learned) or "neither"
+    return {"verdict": verdict, "gain": gains, "best_untrained": share(best, "lenient_accuracy")}
+
+
+def explain(result: dict, measurements: dict[str, dict[str, Interval]]) -> list[str]:
+    """Return the verdict in three sentences; `measurements` are those of `evaluation.json`."""
+    after = list(measurements)[-1]
+    before = after.replace("after", "before")
+
+    def change(measure: str, gain: str, start: float | None = None) -> str:
+        start = measurements[before][measure]["value"] if start is None else start
+        end = measurements[after][measure]["value"]
+        points = [f"{100 * result['gain'][gain][key]:+.1f}" for key in ("value", "low", "high")]
+        return f"{start:.1%} to {end:.1%} ({points[0]} points [{points[1]}, {points[2]}])"
+
+    shot = measurements["before_one_shot"]["strict_accuracy"]["value"]
+    form = 100 * result["gain"]["format"]
+    return [
+        f"Strict accuracy: {change('strict_accuracy', 'strict_accuracy')}; "
+        f"untrained, with one example in the prompt: {shot:.1%}.",
+        "Due to reasoning: lenient accuracy from the better untrained prompt, "
+        f"{change('lenient_accuracy', 'reasoning', result['best_untrained'])}.",
+        f"Due to format: the rest, {form:+.1f} points; "
+        f"soft format {change('soft_format', 'soft_format')}, "
+        f"strict format {change('strict_format', 'strict_format')}.",
+    ]
+
+
+def pass_at_k(k: int, n: int, right: int) -> float:
+    """Return the chance that k of n samples, `right` of them right, hold a right one.
+
+    Unbiased for pass@k. Source: Chen et al. 2021, arXiv 2107.03374.
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def summarize_samples(answers: list[Answer], n: int) -> dict[str, dict[int, Interval]]:
+    """Return pass@k for k = 1, 2, 4, ... n: kind of accuracy -> k -> mean over the questions.
+
+    answers  n sampled answers to each question, in a row; `n` of a mean is that number too
+    """
+    result = {}
+    for kind in ("strict_accuracy", "lenient_accuracy"):
+        groups = [answers[i : i + n] for i in range(0, len(answers), n)]
+        right = [sum(answer[kind] for answer in group) for group in groups]
+        result[kind] = {}
+        for k in (2**i for i in range(n.bit_length())):
+            cell = mean_interval([pass_at_k(k, n, count) for count in right])
+            low, high = max(0.0, cell["low"]), min(1.0, cell["high"])
+            result[kind][k] = cell | {"n": n, "low": low, "high": high}
+    return result
+
+
+def pass_table(passed: dict[str, dict]) -> list[str]:
+    """Return lines of pass@k: a row for each k, two columns for each measurement."""
+    columns = [cells for kinds in passed.values() for cells in kinds.values()]
+    lines = ["\npass@k " + "".join(f"{name.replace('_', ' '):>24}" for name in passed)]
+    lines += ["       " + f"{'strict':>12}{'lenient':>12}" * len(passed)]
+    for k in columns[0]:
+        lines += [f"k = {k:<3}" + "".join(f"{cells[k]['value']:>12.1%}" for cells in columns)]
+    return lines
+
+
+def sharpening(passed: dict[str, dict]) -> str:
+    """Return what pass@k says of training: more answers, or likelier ones? A sentence.
+
+    passed  name of the measurement -> kind -> k -> value; the last measurement is the trained model
+    """
+    *untrained, trained = (kinds["lenient_accuracy"] for kinds in passed.values())
+    best = max(untrained, key=lambda cells: cells[1]["value"])
+    one, n = trained[1]["value"], max(trained)
+    k = next((k for k, cell in best.items() if cell["value"] >= one), None)
+    enough = {None: f"with {n} not yet", 1: "with one too"}.get(k, f"with {k} samples")
+    return (
+        f"pass@k: with one sampled answer the trained model is right in {one:.1%} (lenient), the "
+        f"untrained one reaches that {enough}; with {n} it is {trained[n]['value']:.1%} trained, "
+        f"{best[n]['value']:.1%} untrained."
+    )
+
+
+def table(measurements: dict[str, dict[str, Interval]], form: str) -> list[list[str]]:
+    """Return the texts of a table: a header, then each figure in `form`: value, low, high."""
+    (n,) = {figures["soft_format"]["n"] for figures in measurements.values()}
+    rows = [[f"{n} questions", *(name.replace("_", " ") for name in measurements)]]
+    for measure in MEASURES:
+        unit = form.replace("%", "f") if measure == "tokens" else form
+        cells = [figures[measure] for figures in measurements.values()]
+        texts = [unit.format(cell["value"], cell["low"], cell["high"]) for cell in cells]
+        rows += [[measure.replace("_", " "), *texts]]
+    return rows
