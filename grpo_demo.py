@@ -38,7 +38,6 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
@@ -59,12 +58,11 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
-
 from yaml import YAMLError
 
 import rewards
 from assets import resume, settings, terminal, wandb_run
-from assets.common import UserError, as_user_error, print_error, print_once
+from assets.common import UserError, as_user_error, first_process, print_error, print_once
 from assets.evaluate import Evaluation, write_card
 
 # Model and data
@@ -359,16 +357,18 @@ def build_evaluation(args: DemoConfig, model_args: ModelConfig) -> Evaluation:
 
 
 def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
-    """Evaluate a saved model, zero-shot and one-shot, in a new folder of the output directory."""
-    args.output_dir = str(Path(args.output_dir, f"eval-{datetime.now():%Y%m%d-%H%M%S}"))
+    """Evaluate a saved model, zero-shot and one-shot, in a folder of the output directory."""
     args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
     evaluation = build_evaluation(args, model_args)
     trainer = prepare_trainer(args, model_args, evaluation.rows)
+    config = resume.describe(args, model_args, evaluation.rows, SYSTEM_PROMPT, rewards.__file__)
+    out = Path(args.output_dir)
+    evaluation.out = first_process(lambda: resume.choose_evaluation(out, config))
     terminal.print_banner(trainer)
     evaluation.evaluate(trainer, "zero_shot", one_shot=False)
     evaluation.evaluate(trainer, "one_shot", one_shot=True)
     evaluation.report()
-    print_once(f"kept in {args.output_dir}")
+    print_once(f"kept in {evaluation.out}")
 
 
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
@@ -384,7 +384,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         trainer.create_model_card = lambda **_: write_card(args, model_args.model_name_or_path)
         trainer.add_callback(terminal.Progress(trainer, args.print_steps))
         trainer.add_callback(terminal.Health())
-        trainer.add_callback(resume.StopAndResume(args, run))
+        trainer.add_callback(resume.StopAndResume(trainer, run))
         terminal.print_banner(trainer)
         wandb_run.open_run(args, config, run.record["wandb_id"], wandb_mode)
         if evaluation:
