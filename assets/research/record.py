@@ -1,6 +1,8 @@
 """Keep the record of a finished run: what README's numbers and pictures are made from.
 
-    python assets/record.py outputs/tiny-42 laptop-42   # writes assets/runs/laptop-42, under 1 MB
+    python -m assets.research.record outputs/tiny-42 laptop-42
+
+writes assets/research/runs/laptop-42, under 1 MB:
 
 record.json      command, date, versions, hardware, settings
 metrics.jsonl    a line a step
@@ -11,6 +13,7 @@ group.json       all completions of one prompt
 endings.json     what follows the last `</answer>`, how often
 """
 
+import argparse
 import importlib.metadata
 import itertools
 import json
@@ -21,6 +24,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -28,112 +32,58 @@ RUNS = Path(__file__).resolve().parent / "runs"
 PACKAGES = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb", "vllm"]
 
 
-def history(out: Path) -> tuple[list[dict], dict]:
-    """Return the rows of a run's W&B files, and how it was started (command, date, resumed).
+class Log(NamedTuple):
+    """What the W&B files of a run say."""
 
-    A resumed run has several files. Offline each has its own clock: here `_runtime` goes on.
+    metrics: list[dict]  # a dict a step
+    timers: dict[str, list[float]]  # name -> seconds, in order
+    started: dict  # by which command, when, how often resumed, seconds in all
+
+
+def wandb_files(out: Path) -> list[Path]:
+    """Return the W&B files of a run, in order: one for each start."""
+    return [f for f in sorted(out.glob("wandb/*run-*/*.wandb")) if not f.parent.is_symlink()]
+
+
+def read_wandb(file: Path) -> tuple[list[dict], dict]:
+    """Return the history of a W&B file, a dict a row, and its environment: args, started_at."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows, environment = [], {}
+    for record in map(json.loads, text.splitlines()):
+        if record["type"] == "history":
+            rows.append(record["history"]["item"])
+        environment = record.get("environment", {}) | environment
+    return rows, environment
+
+
+def collect(out: Path) -> Log:
+    """Return what a run logged, each step once: a killed run repeats steps when it resumes.
+
+    A step's timers are the rows before that of its metrics. Timers without such a row are those of
+    a step that was cut off, and left out. Offline each file has its own clock: `runtime` goes on.
     """
-    files = [f for f in sorted(out.glob("wandb/*run-*/*.wandb")) if not f.parent.is_symlink()]
-    rows, started = [], {"resumed": len(files) - 1}
-    for file in files:
-        offline = file.parent.name.startswith("offline")
-        before = rows[-1]["_runtime"] if rows and offline else 0.0
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for record in map(json.loads, text.splitlines()):
-            if record["type"] == "history":
-                row = record["history"]["item"]
-                rows.append(row | {"_runtime": row["_runtime"] + before})
-            started = record.get("environment", {}) | started
-    return rows, started
-
-
-def read_completions(file: Path) -> list[dict]:
-    """Return the completions of a step: question, completion, rewards, advantage."""
-    rows = []
-    for row in pd.read_parquet(file).to_dict("records"):
-        row["question"] = row.pop("prompt")[-1]["content"]
-        row["completion"] = row["completion"][0]["content"]
-        row.pop("text", None)
-        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    return rows
-
-
-def samples(out: Path) -> tuple[list[dict], list[dict]]:
-    """Return ten completions of the first two steps and ten of the last two; and a whole group.
-
-    If none of the last ten is right, the run's last five right ones replace five of them. The group
-    is the one of the first two steps with the most different rewards.
-    """
-
-    def right(row: dict) -> bool:
-        return row["simple_correctness_reward_func"] == 2
-
-    steps = [read_completions(file) for file in sorted(out.glob("completions/*.parquet"))]
-    ends = [*steps[:2], *steps[-2:]]
-    kept = [row for rows in ends for row in rows[:: max(1, len(rows) // 5)][:5]]
-    if not any(map(right, kept[10:])):
-        kept[10:15] = [row for rows in steps for row in rows if right(row)][-5:]
-    groups = [
-        list(group)
-        for rows in steps[:2]
-        for _, group in itertools.groupby(rows, key=lambda row: row["question"])
-    ]
-    return kept, max(groups, key=lambda group: len({row["advantage"] for row in group}))
-
-
-def ending(text: str) -> str:
-    """Return what follows the last `</answer>`; `none` if there is no such tag."""
-    tail = text.rpartition("</answer>")[2] if "</answer>" in text else "none"
-    only = tail.endswith("</reasoning>") and text.count("</reasoning>") == 1
-    return f"{tail} (the only one)" if only else tail
-
-
-def endings(out: Path) -> dict[str, dict[str, int]]:
-    """Count how the completions of each step and of each evaluation end.
-
-    Named are nothing, the newline that the format asks for, the four most frequent endings, and
-    `none` (no `</answer>`); the rest is `other`.
-    """
-    files = sorted(out.glob("evaluation/*.parquet"))
-    texts = {file.stem: pd.read_parquet(file)["completion"] for file in files}
-    for file in sorted(out.glob("completions/*.parquet")):
-        rows = pd.read_parquet(file)
-        texts[f"step {rows['step'][0]}"] = rows["completion"].map(lambda c: c[0]["content"])
-    tails = {key: column.map(ending) for key, column in texts.items()}
-    fixed = ["", "\n", "none"]
-    often = Counter(tail for column in tails.values() for tail in column if tail not in fixed)
-    named = [*fixed, *(tail for tail, _ in often.most_common(4))]
-    return {k: dict(Counter(t if t in named else "other" for t in v)) for k, v in tails.items()}
-
-
-def environment() -> dict:
-    """Return what a run's numbers depend on besides its settings: hardware, Python, versions."""
-    path = Path("/proc/cpuinfo")
-    info = path.read_text().splitlines() if path.exists() else []
-    models = [line.split(": ")[1] for line in info if line.startswith("model name")]
-    hardware = {"cpu": (models or [platform.processor()])[0], "cores": os.cpu_count()}
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        hardware |= {"gpu": listed.stdout.strip()} if listed.returncode == 0 else {}
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
-    return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
-
-
-def collect(out: Path) -> tuple[list[dict], dict[str, list[float]], dict]:
-    """Return a run's metrics (a dict a step), timers (seconds, in order) and how it was started."""
-    rows, started = history(out)
-    metrics, timers = [], {}
-    for row in rows:
-        if "train/reward" in row:
-            step = {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")}
-            metrics.append(step | {"runtime": row["_runtime"]})
-        for name, value in row.items():
-            if name.startswith("profiling/"):
-                timers.setdefault(name.split("GRPOTrainer.")[1], []).append(round(value, 6))
-    started["seconds"] = rows[-1]["_runtime"]
-    return metrics, timers, started
+    steps: dict[int, dict] = {}  # the last row of each global step, and its timers
+    timed: dict[int, list[tuple[str, float]]] = {}
+    started, clock = {"resumed": len(wandb_files(out)) - 1}, 0.0
+    for file in wandb_files(out):
+        rows, environment = read_wandb(file)
+        before = clock if file.parent.name.startswith("offline") else 0.0
+        waiting = []  # timers of the step that is not logged yet
+        for row in rows:
+            clock = before + row["_runtime"]
+            waiting += [(key, row[key]) for key in row if key.startswith("profiling/")]
+            if "train/reward" in row:
+                step = row["train/global_step"]
+                metrics = {k: v for k, v in row.items() if k.startswith("train/")}
+                steps[step] = {k.removeprefix("train/"): v for k, v in metrics.items()}
+                steps[step]["runtime"] = clock
+                timed[step], waiting = waiting, []
+        started = environment | started
+    timers: dict[str, list[float]] = {}
+    for key, seconds in itertools.chain(*timed.values()):
+        timers.setdefault(key.split("GRPOTrainer.")[1], []).append(round(seconds, 6))
+    return Log(list(steps.values()), timers, started | {"seconds": clock})
 
 
 def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str, float]:
@@ -168,9 +118,84 @@ def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str,
     return parts | {"optimizer and the rest": whole - sum(parts.values())}
 
 
+def read_completions(file: Path) -> list[dict]:
+    """Return a step's completions: question, completion, gold, extracted, rewards, advantage."""
+    rows = []
+    for row in pd.read_parquet(file).to_dict("records"):
+        row["question"] = row.pop("prompt")[-1]["content"]
+        row["completion"] = row["completion"][0]["content"]
+        row.pop("text", None)
+        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return rows
+
+
+def is_right(row: dict) -> bool:
+    """Return whether a completion earned the correctness reward."""
+    return row["simple_correctness_reward_func"] == 2
+
+
+def samples(steps: list[list[dict]]) -> list[dict]:
+    """Return ten completions of the first two steps and ten of the last two.
+
+    If none of the last ten is right, the run's last five right ones replace five of them.
+    """
+    kept = []
+    for rows in (*steps[:2], *steps[-2:]):
+        kept += rows[:: max(1, len(rows) // 5)][:5]
+    if not any(map(is_right, kept[10:])):
+        kept[10:15] = [row for rows in steps for row in rows if is_right(row)][-5:]
+    return kept
+
+
+def most_varied_group(steps: list[list[dict]]) -> list[dict]:
+    """Return the group of the first two steps with the most different rewards."""
+    groups = []
+    for rows in steps[:2]:
+        by_question = itertools.groupby(rows, key=lambda row: row["question"])
+        groups += [list(group) for _, group in by_question]
+    return max(groups, key=lambda group: len({row["advantage"] for row in group}))
+
+
+def ending(text: str) -> str:
+    """Return what follows the last `</answer>`; `none` if there is no such tag."""
+    tail = text.rpartition("</answer>")[2] if "</answer>" in text else "none"
+    only = tail.endswith("</reasoning>") and text.count("</reasoning>") == 1
+    return f"{tail} (the only one)" if only else tail
+
+
+def endings(out: Path, steps: list[list[dict]]) -> dict[str, dict[str, int]]:
+    """Count how the completions of each evaluation and of each step end.
+
+    Named are nothing, the newline that the format asks for, the four most frequent endings, and
+    `none` (no `</answer>`); the rest is `other`.
+    """
+    tails = {}
+    for file in sorted(out.glob("evaluation/*.parquet")):
+        tails[file.stem] = [ending(text) for text in pd.read_parquet(file)["completion"]]
+    for rows in steps:
+        tails[f"step {rows[0]['step']}"] = [ending(row["completion"]) for row in rows]
+    fixed = ["", "\n", "none"]
+    often = Counter(tail for found in tails.values() for tail in found if tail not in fixed)
+    named = [*fixed, *(tail for tail, _ in often.most_common(4))]
+    return {k: dict(Counter(t if t in named else "other" for t in v)) for k, v in tails.items()}
+
+
+def environment() -> dict:
+    """Return what a run's numbers depend on besides its settings: hardware, Python, versions."""
+    path = Path("/proc/cpuinfo")
+    info = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(": ")[1] for line in info if line.startswith("model name")]
+    hardware = {"cpu": (models or [platform.processor()])[0], "cores": os.cpu_count()}
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        hardware |= {"gpu": listed.stdout.strip()} if listed.returncode == 0 else {}
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
+
+
 def write_record(out: Path, folder: Path) -> int:
     """Write all files of a record into `folder`; return the number of steps."""
-    folder.mkdir(parents=True, exist_ok=True)
     metrics, timers, started = collect(out)
     record = {
         "command": " ".join(["python grpo_demo.py", *started.get("args", [])]),
@@ -180,27 +205,32 @@ def write_record(out: Path, folder: Path) -> int:
         "resumed": started["resumed"],
         "settings": json.loads((out / "run.json").read_text())["settings"],
     }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [json.dumps(step, sort_keys=True) + "\n" for step in metrics]
     (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "timers.json").write_text(json.dumps(timers) + "\n")
     if (out / "evaluation.json").exists():
         shutil.copy(out / "evaluation.json", folder)
-    for name, rows in zip(
-        ("samples", "group", "endings"), (*samples(out), endings(out)), strict=True
-    ):
+    steps = [read_completions(file) for file in sorted(out.glob("completions/*.parquet"))]
+    texts = {"samples": samples(steps), "group": most_varied_group(steps)}
+    for name, rows in (texts | {"endings": endings(out, steps)}).items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1, default=str) + "\n")
     return len(metrics)
 
 
 def main() -> None:
-    """Run the command line: a finished run's output directory, and a name in assets/runs."""
-    if len(sys.argv) != 3:
-        sys.exit("usage: python assets/record.py OUTPUT_DIR NAME")
-    out, folder = Path(sys.argv[1]), RUNS / sys.argv[2]
-    steps = write_record(out, folder)
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e3
-    print(folder, f"{size:.0f} kB, {steps} steps")
+    """Run the command line: a finished run's output directory, and a name in runs/."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("out", type=Path, help="output directory of a finished run")
+    parser.add_argument("name", help="of the record")
+    args = parser.parse_args()
+    if not wandb_files(args.out) or not list(args.out.glob("completions/*.parquet")):
+        parser.error(f"{args.out} is no run with W&B files and completions")
+    steps = write_record(args.out, RUNS / args.name)
+    size = sum(file.stat().st_size for file in (RUNS / args.name).iterdir()) / 1e3
+    print(RUNS / args.name, f"{size:.0f} kB, {steps} steps")
 
 
 if __name__ == "__main__":
