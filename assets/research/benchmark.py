@@ -18,8 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+import timeit
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +38,12 @@ from tests import gist_rewards
 
 ROUNDS, STEPS = 5, 20
 TINY = ROOT / "assets/tiny"
-SHORT = ["--evaluate", "False", "--save_strategy", "no"]
+SHORT = "--evaluate False --save_strategy no"
+MICRO_BATCH = {  # 64 completions a step
+    1: "--per_device_train_batch_size 1 --gradient_accumulation_steps 64",
+    16: "--per_device_train_batch_size 16 --gradient_accumulation_steps 4",
+}
+FOUR_CALLS = f"{MICRO_BATCH[16]} --steps_per_generation 1"  # the gist's way to generate
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
 SHAPES = {
     "1.5b": {
@@ -57,15 +61,6 @@ SHAPES = {
         "steps": 2,
     },
 }
-
-
-def micro_batch(size: int) -> list[str]:
-    """Return flags: 64 completions a step, `size` of them in a backward pass."""
-    flags = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {64 // size}"
-    return flags.split()
-
-
-FOUR_CALLS = [*micro_batch(16), "--steps_per_generation", "1"]  # the gist's way to generate
 
 
 def bare(flags: list[str]) -> None:
@@ -89,7 +84,7 @@ def child(name: str, out: str, *flags: str) -> None:
     Path(out, "peak").write_text(str(peak))
 
 
-def run(name: str, flags: list[str]) -> dict:
+def run(name: str, flags: str) -> dict:
     """Run one of MAINS in a process of its own.
 
     Returns metrics (a dict a step), split (seconds of each part of a step), seconds (median of a
@@ -97,7 +92,8 @@ def run(name: str, flags: list[str]) -> dict:
     """
     with tempfile.TemporaryDirectory() as out:
         env = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": out, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "assets.research.benchmark", "--child", name, out, *flags]
+        command = [sys.executable, "-m", "assets.research.benchmark", "--child", name, out]
+        command += flags.split()
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
@@ -113,17 +109,6 @@ def run(name: str, flags: list[str]) -> dict:
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a Markdown table under a heading."""
     print(f"\n### {title}\n\n{table(columns, rows)}", end="", flush=True)
-
-
-def step_rows(pairs: list[tuple[float, float]]) -> list[list[str]]:
-    """Return the rows of the first table: seconds of a bare step and of the script's, by pair."""
-    rows = [(plain, ours, ours / plain) for plain, ours in pairs]
-    names = [*range(1, len(rows) + 1), "median"]
-    rows.append(tuple(map(median, zip(*rows, strict=True))))
-    return [
-        [name, f"{plain:.3f} s", f"{ours:.3f} s", f"{ratio:.3f}"]
-        for name, (plain, ours, ratio) in zip(names, rows, strict=True)
-    ]
 
 
 def split_rows(ways: list[list[dict[str, float]]]) -> list[list[str]]:
@@ -156,17 +141,6 @@ def long_completions() -> dict[str, list]:
     return {"prompts": rows["prompt"], "completions": completions, "answer": rows["answer"]}
 
 
-def fastest(*functions: Callable, rounds: int = 200) -> list[float]:
-    """Return the milliseconds of the fastest call of each function; they take turns."""
-    times = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, kept in zip(functions, times, strict=True):
-            begun = time.perf_counter()
-            function()
-            kept.append(1000 * (time.perf_counter() - begun))
-    return list(map(min, times))
-
-
 def reward_rows() -> list[list[str]]:
     """Return the rows of the third table: the rewards, the gist's, the script's accuracies."""
     batch = long_completions()
@@ -183,22 +157,28 @@ def reward_rows() -> list[list[str]]:
             rewards.is_strict_correct(completion[0]["content"], gold)
             rewards.is_lenient_correct(completion[0]["content"], gold)
 
-    times = fastest(ours, gist, accuracies)
-    names = ["the five rewards", "the gist's own functions", "the script's two accuracies"]
-    return [[name, f"{ms:.2f} ms"] for name, ms in zip(names, times, strict=True)]
+    functions = {
+        "the five rewards": ours,
+        "the gist's own functions": gist,
+        "the script's two accuracies": accuracies,
+    }
+    fastest = {k: min(timeit.repeat(f, number=1, repeat=200)) for k, f in functions.items()}
+    return [[name, f"{1000 * seconds:.2f} ms"] for name, seconds in fastest.items()]
 
 
 def laptop() -> None:
     """Print the laptop's three tables."""
-    flags = ["--config", "assets/tiny/config.yaml", "--max_steps", str(STEPS), *SHORT]
-    plain, ours, four = [], [], []  # alternating
-    for _ in range(ROUNDS):
-        plain.append(run("bare", flags))
+    flags = f"--config assets/tiny/config.yaml --max_steps {STEPS} {SHORT}"
+    pairs, ours, four = {}, [], []
+    for pair in range(1, ROUNDS + 1):  # alternating
+        plain = run("bare", flags)["seconds"]
         ours.append(run("script", flags))
-        four.append(run("script", [*flags, *FOUR_CALLS]))
-    pairs = [(a["seconds"], b["seconds"]) for a, b in zip(plain, ours, strict=True)]
+        four.append(run("script", f"{flags} {FOUR_CALLS}"))
+        pairs[pair] = [plain, ours[-1]["seconds"], ours[-1]["seconds"] / plain]
+    pairs["median"] = [median(column) for column in zip(*pairs.values(), strict=True)]
+    rows = [[k, f"{a:.3f} s", f"{b:.3f} s", f"{ratio:.3f}"] for k, (a, b, ratio) in pairs.items()]
     title = f"The median step of runs of {STEPS} steps, in pairs"
-    print_table(title, ["pair", "bare GRPOTrainer", "the script", "ratio"], step_rows(pairs))
+    print_table(title, ["pair", "bare GRPOTrainer", "the script", "ratio"], rows)
     ways = [[got["split"] for got in way] for way in (ours, four)]
     columns = ["part", "one call of 64, seconds", "share", "the gist's four calls of 16", "share"]
     print_table("Where the time of a step goes", columns, split_rows(ways))
@@ -224,7 +204,7 @@ def make_model(shape: dict, folder: Path) -> int:
     return model.num_parameters()
 
 
-def gpu_row(flags: list[str]) -> list[str]:
+def gpu_row(flags: str) -> list[str]:
     """Return the cells of one way: means over its steps after the first; or why it failed."""
     try:
         got = run("script", flags)
@@ -243,27 +223,26 @@ def gpu_row(flags: list[str]) -> list[str]:
 
 def gpu(shape: dict) -> None:
     """Print one table: ways to generate and micro-batches, on a model with random weights."""
-    cache = json.dumps({"max_memory_percent": shape["cache"]})
-    batching = ["--use_transformers_continuous_batching", "True"]
-    batching += ["--transformers_continuous_batching_config", cache]
+    batching = (
+        "--use_transformers_continuous_batching True --transformers_continuous_batching_config "
+        f'{{"max_memory_percent":{shape["cache"]}}}'
+    )
     ways = {
         "the gist's: four calls of 16, micro-batch 16": FOUR_CALLS,
-        "one call of 64, micro-batch 1": micro_batch(1),
-        "one call of 64, micro-batch 16": micro_batch(16),
-        "continuous batching, micro-batch 16": [*micro_batch(16), *batching],
+        "one call of 64, micro-batch 1": MICRO_BATCH[1],
+        "one call of 64, micro-batch 16": MICRO_BATCH[16],
+        "continuous batching, micro-batch 16": f"{MICRO_BATCH[16]} {batching}",
     }
     if importlib.util.find_spec("vllm"):
-        vllm = ["--use_vllm", "True", "--vllm_mode", "colocate"]
-        vllm += ["--vllm_importance_sampling_correction", "False"]
-        ways["vLLM, colocate, micro-batch 16"] = [*micro_batch(16), *vllm]
+        vllm = "--use_vllm True --vllm_mode colocate --vllm_importance_sampling_correction False"
+        ways["vLLM, colocate, micro-batch 16"] = f"{MICRO_BATCH[16]} {vllm}"
     with tempfile.TemporaryDirectory() as folder:
         parameters = make_model(shape, Path(folder))
-        flags = ["--model_name_or_path", folder, "--dataset_name", folder, *SHORT]
-        flags += ["--max_completion_length", str(shape["tokens"])]
-        flags += ["--max_steps", str(shape["steps"])]
+        flags = f"--model_name_or_path {folder} --dataset_name {folder} {SHORT}"
+        flags += f" --max_completion_length {shape['tokens']} --max_steps {shape['steps']}"
         if not torch.cuda.is_available():
-            flags += ["--use_cpu", "--bf16=False", "--dtype=float32"]
-        rows = [[way, *gpu_row([*flags, *more])] for way, more in ways.items()]
+            flags += " --use_cpu --bf16=False --dtype=float32"
+        rows = [[way, *gpu_row(f"{flags} {more}")] for way, more in ways.items()]
     columns = ["way", "seconds a step", "steps an hour", "tokens/s", "generation's share", "peak"]
     title = f"{parameters:,} random weights, 64 completions of {shape['tokens']} tokens"
     print_table(title, columns, rows)

@@ -126,15 +126,10 @@ def main() -> None:
     kind = parser.parse_args().kind
     changes, seeds = KINDS[kind]
     path = RUNS / f"{kind}.jsonl"
-    there = (
-        {(row["change"], row["seed"]) for row in read_lines(path.name)} if path.exists() else set()
-    )
-    missing = [
-        (name, flags, seed)
-        for seed in seeds
-        for name, flags in changes.items()
-        if (name, seed) not in there
-    ]
+    path.touch()
+    there = {(row["change"], row["seed"]) for row in read_lines(path.name)}
+    wanted = [(name, flags, seed) for seed in seeds for name, flags in changes.items()]
+    missing = [job for job in wanted if (job[0], job[2]) not in there]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         write_validation(Path(folder))
         data = folder if kind == "settings" else "assets/tiny"

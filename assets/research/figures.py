@@ -19,20 +19,9 @@ except ModuleNotFoundError:
     print("pictures need matplotlib: pip install matplotlib==3.11.2", file=sys.stderr)
     sys.exit(2)
 
+from assets.research import tables
 from assets.research.record import collect, time_split
-from assets.research.tables import (
-    AFTER,
-    LAPTOP,
-    MEASURED,
-    QWEN,
-    QWEN_AGAIN,
-    ROOT,
-    STRAY,
-    mean_value,
-    pass_at_k,
-    read,
-    runs,
-)
+from assets.research.tables import AFTER, LAPTOP, MEASURED, QWEN, QWEN_AGAIN, ROOT, STRAY, runs
 from rewards import EXAMPLES, REWARD_FUNCS, count_xml
 
 ASSETS = ROOT / "assets"
@@ -67,34 +56,29 @@ def head(figure: Figure, finding: str, note: str = "") -> None:
     figure.supxlabel(note, x=0.01, ha="left", fontsize=rcParams["font.size"])
 
 
-def draw_accuracy(ax, name: str, columns: dict[str, str]) -> None:
-    """Draw lenient and strict accuracy of the three measurements, with each run's interval."""
-    measured = [run.evaluation["measurements"] for run in runs(columns)]
-    bars = [(when, kind) for when in MEASURED for kind in ACCURACY]
-    for i, (when, kind) in enumerate(bars):
-        found = [measurements[when][f"{kind}_accuracy"] for measurements in measured]
-        if when != AFTER:
-            found = found[:1]  # one untrained model for all seeds
-        x = i // 2 + 0.4 * (i % 2)
-        ax.bar(x, 100 * mean_value(found), 0.38, color=ACCURACY[kind], alpha=0.8)
-        for j, cell in enumerate(found):
-            at = x + 0.05 * (2 * j + 1 - len(found))
-            y = [100 * cell[key] for key in ("low", "value", "high")]
-            ax.plot([at] * 3, y, "-o", color=INK, lw=1.3, ms=3.2, markevery=[1])
-        above = {"textcoords": "offset points", "ha": "center"}
-        top = 100 * max(cell["high"] for cell in found)
-        ax.annotate(f"{mean_value(found):.1%}", (x, top), (0, 3), **above)
-        ax.annotate(kind, (x, 0), (0, -11), color=ACCURACY[kind], **above)
-    ax.set_xticks([0.2, 1.2, 2.2], ["untrained", "one-shot", "trained"], fontweight="bold")
-    ax.tick_params("x", length=0, pad=15)
-    ax.set_title(f"{name}: % right of {found[0]['n']} test questions", pad=14)
-
-
 def result() -> None:
     """Draw accuracy untrained, one-shot and trained: laptop run and real Qwen side by side."""
     figure, models = Figure((8, 3.6)), {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
+    above = {"textcoords": "offset points", "ha": "center"}
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
-        draw_accuracy(ax, name, columns)
+        measured = [run.evaluation["measurements"] for run in runs(columns)]
+        bars = [(when, kind) for when in MEASURED for kind in ACCURACY]
+        for i, (when, kind) in enumerate(bars):
+            found = [measurements[when][f"{kind}_accuracy"] for measurements in measured]
+            if when != AFTER:
+                found = found[:1]  # one untrained model for all seeds
+            x, mean = i // 2 + 0.4 * (i % 2), tables.mean_value(found)
+            ax.bar(x, 100 * mean, 0.38, color=ACCURACY[kind], alpha=0.8)
+            for j, cell in enumerate(found):
+                at = x + 0.05 * (2 * j + 1 - len(found))
+                y = [100 * cell[key] for key in ("low", "value", "high")]
+                ax.plot([at] * 3, y, "-o", color=INK, lw=1.3, ms=3.2, markevery=[1])
+            top = 100 * max(cell["high"] for cell in found)
+            ax.annotate(f"{mean:.1%}", (x, top), (0, 3), **above)
+            ax.annotate(kind, (x, 0), (0, -11), color=ACCURACY[kind], **above)
+        ax.set_xticks([0.2, 1.2, 2.2], ["untrained", "one-shot", "trained"], fontweight="bold")
+        ax.tick_params("x", length=0, pad=15)
+        ax.set_title(f"{name}: % right of {found[0]['n']} test questions", pad=14)
     note = (
         "Lenient: the last number is right. Strict: the right number is inside the tags. One-shot: "
         "untrained, one example\nin the prompt. Dots and lines: each run and its 95% interval. "
@@ -126,10 +110,12 @@ def draw_rewards(figure: Figure, metrics: list[dict]) -> None:
         ax.set_title(f"{name}, at most {most:g}", color=color)
 
 
-def draw_timers(figure: Figure, timers: dict[str, list[float]], steps: int) -> None:
-    """Draw the time of generation and of each reward, over the steps, under its name in W&B."""
+def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
+    """Draw the timers of a run, under their names in W&B, and its rewards."""
+    figure, steps = Figure((8, 7.4)), len(metrics)
+    upper, lower = figure.subfigures(2, 1)
     names = [next(name for name in timers if "generate" in name), *REWARDS]
-    axes = figure.subplots(2, 3, sharex=True).flat
+    axes = upper.subplots(2, 3, sharex=True).flat
     for ax, name, color in zip(axes, names, [PARTS[0], *COLORS], strict=True):
         calls = len(timers[name]) // steps
         each = [sum(timers[name][i * calls : (i + 1) * calls]) for i in range(steps)]
@@ -137,18 +123,11 @@ def draw_timers(figure: Figure, timers: dict[str, list[float]], steps: int) -> N
         ax.plot(range(1, steps + 1), [factor * t for t in each], color=color, lw=1.2)
         ax.set(ylim=(0, None), ylabel=unit)
         ax.set_title(name, color=color)
-
-
-def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
-    """Draw the timers of a run, under their names in W&B, and its rewards."""
-    figure = Figure((8, 7.4))
-    upper, lower = figure.subfigures(2, 1)
-    draw_timers(upper, timers, len(metrics))
     parts = time_split(metrics, timers)
     generate, five = (parts[part] / sum(parts.values()) for part in ("generate", "five rewards"))
     head(upper, f"Generation takes {generate:.0%} of a step, the five rewards {five:.2%}")
     draw_rewards(lower, metrics)
-    sums, ten = [m["reward"] for m in metrics], min(10, len(metrics))
+    sums, ten = [m["reward"] for m in metrics], min(10, steps)
     first, last = (f"{sum(end) / ten:.1f}" for end in (sums[:ten], sums[-ten:]))
     finding = f"The sum of the rewards goes from {first} to {last}, of {sum(MOST):g}"
     head(lower, f"{finding} (first and last {ten} steps)", LINES)
@@ -236,9 +215,9 @@ def p3(samples: list[dict]) -> None:
     card("p3.png", title, failure, marks, reasons)
 
 
-def p4(run: str) -> None:
+def p4() -> None:
     """Draw the rewards of the real Qwen, its accuracies and its stray closing tag."""
-    figure, metrics = Figure((8, 6.0)), runs({"": run})[0].metrics
+    figure, metrics = Figure((8, 6.0)), runs(QWEN)[0].metrics
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.6, 1])
     draw_rewards(upper, metrics)
     left, right = lower.subplots(1, 2, sharey=True)
@@ -246,9 +225,10 @@ def p4(run: str) -> None:
         draw_curve(left, [100 * m[f"accuracy/{kind}"] for m in metrics], color)
         left.text(1, y, kind, color=color)
     left.set_title("right answers, % of completions")
-    ends = [read(run, "endings")[f"step {step}"] for step in range(1, len(metrics) + 1)]
-    tails = [sum(end.get(tail, 0) for tail in STRAY) / sum(end.values()) for end in ends]
-    draw_curve(right, [100 * tail for tail in tails], TAIL)
+    ends = tables.read(QWEN["seed 42"], "endings")
+    steps = [ends[f"step {step}"] for step in range(1, len(metrics) + 1)]
+    stray = [sum(step.get(tail, 0) for tail in STRAY) / sum(step.values()) for step in steps]
+    draw_curve(right, [100 * share for share in stray], TAIL)
     right.set_title("a stray </reasoning> after the answer, % of completions", color=TAIL)
     right.set_ylim(0, 105)
     head(upper, "Qwen's format rewards rise with a stray closing tag that rules out strict format")
@@ -256,67 +236,55 @@ def p4(run: str) -> None:
     save(figure, PICTURES / "p4.png")
 
 
-def draw_split(ax, name: str, run: str) -> float:
-    """Draw how the time of a step splits, as a bar; return the share of the rewards."""
-    ((_, metrics, record),) = runs({"": run})
-    parts = time_split(metrics, read(run, "timers"))
-    whole, left, small = sum(parts.values()), 0.0, []
-    for (part, seconds), color in zip(parts.items(), PARTS, strict=True):
-        share = seconds / whole
-        ax.barh(0, share, left=left, color=color, edgecolor="white", lw=1.5)
-        if share < 0.01:
-            small.append(f"{part} {100 * share:.2g}%")
-        else:
-            dark = "white" if part == "generate" else INK
-            ax.text(left + share / 2, 0, f"{share:.0%}", color=dark, ha="center", va="center")
-            ax.text(left + share / 2, 0.5, part.replace(" ", "\n", 1), ha="center")
-        left += share
-    ax.text(0, -0.5, "Too small to see: " + ", ".join(small), va="top")
-    ax.set(xlim=(0, 1), ylim=(-0.4, 1.1))
-    ax.axis("off")
-    cores = record["hardware"]["cores"]
-    ax.set_title(f"{name}: {whole:.3g} s a step on {cores} cores", fontweight="bold")
-    return parts["five rewards"] / whole
-
-
 def time() -> None:
     """Draw how the time of a step splits, as one bar for each run."""
-    figure = Figure((8, 2.8))
-    laptop, real = figure.subplots(2, 1)
-    most = max(
-        draw_split(laptop, "Laptop run", LAPTOP["seed 42"]),
-        draw_split(real, "Qwen2.5-Coder-0.5B", QWEN["seed 42"]),
-    )
+    figure, most = Figure((8, 2.8)), 0.0
+    models = {"Laptop run": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
+    for ax, (name, columns) in zip(figure.subplots(2, 1), models.items(), strict=True):
+        run = runs(columns)[0]
+        parts = time_split(run.metrics, tables.read(columns["seed 42"], "timers"))
+        whole, left, small = sum(parts.values()), 0.0, []
+        most = max(most, parts["five rewards"] / whole)
+        for (part, seconds), color in zip(parts.items(), PARTS, strict=True):
+            share = seconds / whole
+            ax.barh(0, share, left=left, color=color, edgecolor="white", lw=1.5)
+            if share < 0.01:
+                small.append(f"{part} {100 * share:.2g}%")
+            else:
+                dark = "white" if part == "generate" else INK
+                ax.text(left + share / 2, 0, f"{share:.0%}", color=dark, ha="center", va="center")
+                ax.text(left + share / 2, 0.5, part.replace(" ", "\n", 1), ha="center")
+            left += share
+        ax.text(0, -0.5, "Too small to see: " + ", ".join(small), va="top")
+        ax.set(xlim=(0, 1), ylim=(-0.4, 1.1))
+        ax.axis("off")
+        cores = run.record["hardware"]["cores"]
+        ax.set_title(f"{name}: {whole:.3g} s a step on {cores} cores", fontweight="bold")
     head(figure, f"Generation is the largest part of a step; the rewards take {most:.2%} at most")
     save(figure, PICTURES / "time.png")
 
 
-def draw_passed(ax, name: str, columns: dict[str, str]) -> None:
-    """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
-    single = len(columns) == 1
-    for j, (when, look) in enumerate(zip(MEASURED, (":", "--", "-"), strict=True)):
-        cells = pass_at_k(columns, when, "lenient")
-        color = ACCURACY["lenient"] if when == AFTER else INK
-        at = [x + 0.08 * (j - 1) * single for x in range(len(cells))]
-        style = {"marker": "o", "color": color, "ms": 3, "lw": 1.4}
-        for i, curve in enumerate(zip(*cells.values(), strict=True)):
-            shares = [100 * cell["value"] for cell in curve]
-            ax.plot(at, shares, look, label=None if i else MEASURED[when], **style)
-            if single:  # no seeds to show the spread
-                lows, highs = ([100 * cell[end] for cell in curve] for end in ("low", "high"))
-                ax.vlines(at, lows, highs, color=color, lw=0.8)
-    ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
-    tested = runs(columns)[0].evaluation["measurements"][AFTER]["lenient_accuracy"]["n"]
-    ax.set_title(f"{name}: % of {tested} test questions")
-    ax.legend(frameon=False, loc="upper left")
-
-
 def passed() -> None:
-    """Draw pass@k before and after training, of the laptop model and of the second Qwen run."""
+    """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
     models = {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B, second run": QWEN_AGAIN}
     figure = Figure((8, 3.5))
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
-        draw_passed(ax, name, columns)
+        single = len(columns) == 1
+        for j, (when, look) in enumerate(zip(MEASURED, (":", "--", "-"), strict=True)):
+            cells = tables.pass_at_k(columns, when, "lenient")
+            color = ACCURACY["lenient"] if when == AFTER else INK
+            style = {"marker": "o", "color": color, "ms": 3, "lw": 1.4}
+            at = [x + 0.08 * (j - 1) * single for x in range(len(cells))]
+            for i, curve in enumerate(zip(*cells.values(), strict=True)):
+                shares = [100 * cell["value"] for cell in curve]
+                ax.plot(at, shares, look, label=None if i else MEASURED[when], **style)
+                if single:  # no seeds to show the spread
+                    lows, highs = ([100 * cell[end] for cell in curve] for end in ("low", "high"))
+                    ax.vlines(at, lows, highs, color=color, lw=0.8)
+        ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
+        tested = runs(columns)[0].evaluation["measurements"][AFTER]["lenient_accuracy"]["n"]
+        ax.set_title(f"{name}: % of {tested} test questions")
+        ax.legend(frameon=False, loc="upper left")
     note = (
         "One of k sampled answers is right in any form (lenient). The axes differ, the left one "
         f"does not begin at 0.\nLeft: a line for each of {len(LAPTOP)} seeds. "
@@ -338,10 +306,10 @@ def main() -> None:
         p1(out / "p1.png", log.metrics, log.timers)
         return print(out / "p1.png")
     result()
-    p1(ASSETS / "p1.png", runs(LAPTOP)[0].metrics, read(LAPTOP["seed 42"], "timers"))
-    p2(read(QWEN["seed 42"], "samples"))
-    p3(read(QWEN["seed 42"], "samples"))
-    p4(QWEN["seed 42"])
+    p1(ASSETS / "p1.png", runs(LAPTOP)[0].metrics, tables.read(LAPTOP["seed 42"], "timers"))
+    p2(tables.read(QWEN["seed 42"], "samples"))
+    p3(tables.read(QWEN["seed 42"], "samples"))
+    p4()
     passed()
     time()
 

@@ -2,15 +2,7 @@
 
     python -m assets.research.record outputs/tiny-42 laptop-42
 
-writes assets/research/runs/laptop-42, under 1 MB:
-
-record.json      command, date, versions, hardware, settings
-metrics.jsonl    a line a step
-timers.json      W&B's profiling timers, in seconds: a list a name
-evaluation.json  as the run wrote it
-samples.json     20 early and late completions with their rewards
-group.json       all completions of one prompt
-endings.json     what follows the last `</answer>`, how often
+writes assets/research/runs/laptop-42, under 1 MB; runs/README.md says what its files are.
 """
 
 import argparse
@@ -129,11 +121,6 @@ def read_completions(file: Path) -> list[dict]:
     return rows
 
 
-def is_right(row: dict) -> bool:
-    """Return whether a completion earned the correctness reward."""
-    return row["simple_correctness_reward_func"] == 2
-
-
 def samples(steps: list[list[dict]]) -> list[dict]:
     """Return ten completions of the first two steps and ten of the last two.
 
@@ -142,8 +129,9 @@ def samples(steps: list[list[dict]]) -> list[dict]:
     kept = []
     for rows in (*steps[:2], *steps[-2:]):
         kept += rows[:: max(1, len(rows) // 5)][:5]
-    if not any(map(is_right, kept[10:])):
-        kept[10:15] = [row for rows in steps for row in rows if is_right(row)][-5:]
+    right = [row for rows in steps for row in rows if row["simple_correctness_reward_func"] == 2]
+    if not any(row in right for row in kept[10:]):
+        kept[10:15] = right[-5:]
     return kept
 
 

@@ -65,10 +65,11 @@ def read_lines(file: str) -> list:
 
 def runs(columns: dict[str, str]) -> list[Run]:
     """Return the run of each column."""
-    return [
-        Run(read(name, "evaluation"), read_lines(f"{name}/metrics.jsonl"), read(name, "record"))
-        for name in columns.values()
-    ]
+    found = []
+    for name in columns.values():
+        metrics = read_lines(f"{name}/metrics.jsonl")
+        found.append(Run(read(name, "evaluation"), metrics, read(name, "record")))
+    return found
 
 
 def lines(name: str) -> dict[str, list[dict]]:
@@ -82,11 +83,6 @@ def lines(name: str) -> dict[str, list[dict]]:
 def values(columns: dict[str, str], when: str, what: str) -> list[float]:
     """Return a figure of the evaluation, without its interval, for each run."""
     return [run.evaluation["measurements"][when][what]["value"] for run in runs(columns)]
-
-
-def reasoning(columns: dict[str, str]) -> list[float]:
-    """Return the gain that is due to reasoning, in points, for each run."""
-    return [100 * run.evaluation["gain"]["reasoning"]["value"] for run in runs(columns)]
 
 
 def pass_at_k(columns: dict[str, str], when: str, kind: str) -> dict[int, list[dict]]:
@@ -155,7 +151,8 @@ def results() -> str:
         rows.append([f"{what.replace('_', ' ')}, trained", *map("{:.1%}".format, means)])
     shot = [values(columns, SHOT, "strict_accuracy")[0] for columns in (LAPTOP, QWEN)]
     rows.append(["strict accuracy, untrained, one-shot", *map("{:.1%}".format, shot)])
-    points = [f"{mean(reasoning(columns)):+.1f}" for columns in (LAPTOP, QWEN)]
+    gains = [[run.evaluation["gain"]["reasoning"] for run in runs(c)] for c in (LAPTOP, QWEN)]
+    points = [f"{100 * mean_value(gain):+.1f}" for gain in gains]
     rows.append(["due to reasoning, points", *points])
     return table(["on test questions", LAPTOP_MEAN, ONE_QWEN], rows)
 
@@ -251,12 +248,9 @@ def tails() -> str:
 
 def reliability() -> str:
     """Return what tests/test_nothing_lost.py and tests/test_rewards.py tried."""
-    rows = []
-    for fault, tried, recovered, _ in read_lines("reliability.jsonl"):
-        if recovered:
-            assert recovered == tried, fault
-            rows.append([fault, tried])
-    return table(["fault", "tried"], rows)
+    rows = [row for row in read_lines("reliability.jsonl") if row[2]]  # what can recover
+    assert all(recovered == tried for _, tried, recovered, _ in rows)
+    return table(["fault", "tried"], [row[:2] for row in rows])
 
 
 def examples() -> str:
@@ -324,9 +318,8 @@ def updates() -> str:
     """Return what bf16 does to small updates: six steps, and how far the weights have moved."""
     rows = []
     for change, seeds in lines("updates").items():
-        changed, distance = (
-            mean(row["moved"][k] for row in seeds) for k in ("changed", "distance")
-        )
+        changed = mean(row["moved"]["changed"] for row in seeds)
+        distance = mean(row["moved"]["distance"] for row in seeds)
         dtype, rate = change.split(", learning rate ")
         rows.append([dtype, rate, f"{changed:.1%}", f"{distance:.1e}"])
     return table(["weights, Adam's state", "learning rate", "weights changed", "distance"], rows)
