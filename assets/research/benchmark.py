@@ -49,7 +49,7 @@ SHAPES = {
     "1.5b": {
         "sizes": [1536, 8960, 28, 12, 151_936],  # Qwen2.5-1.5B's; the weights do not matter
         "tokens": 786,
-        "questions": 8,  # in a prompt: as many tokens as one of GSM8K's
+        "questions": 8,  # repeated in a prompt: as many tokens as one of GSM8K's
         "cache": 0.3,  # share of the free memory for continuous batching
         "steps": 3,  # the first one is not counted
     },
@@ -128,22 +128,14 @@ def split_rows(ways: list[list[dict[str, float]]]) -> list[list[str]]:
     return rows
 
 
-def long_completions() -> dict[str, list]:
-    """Return prompts, 64 completions of 1,000 characters in four forms, and gold answers."""
-    rows = grpo_demo.get_gsm8k_questions("test", str(TINY))[:64]
-    words, completions = "\n".join(rows["question"]), []
-    for i, gold in enumerate(rows["answer"]):
-        reasoning = words[50 * i : 50 * i + 940]
-        right = grpo_demo.XML_COT_FORMAT.format(reasoning=reasoning, answer=gold)
-        prose = f"{reasoning} The answer, which follows from all that was said, is {gold}."
-        text = [right, right.replace("\n", " "), prose, right[:-20]][i % 4]
-        completions.append([{"content": text}])
-    return {"prompts": rows["prompt"], "completions": completions, "answer": rows["answer"]}
-
-
 def reward_rows() -> list[list[str]]:
     """Return the rows of the third table: the rewards, the gist's, the script's accuracies."""
-    batch = long_completions()
+    texts = [text.replace("9 ", "9 " * 470, 1) for _, text, _ in rewards.EXAMPLES]
+    batch = {
+        "prompts": [[{"content": ""}]] * 64,
+        "completions": [[{"content": text}] for text in (texts * 10)[:64]],
+        "answer": ["18"] * 64,
+    }
 
     def ours() -> None:
         [reward(**batch) for reward in rewards.REWARD_FUNCS]
@@ -182,7 +174,7 @@ def laptop() -> None:
     ways = [[got["split"] for got in way] for way in (ours, four)]
     columns = ["part", "one call of 64, seconds", "share", "the gist's four calls of 16", "share"]
     print_table("Where the time of a step goes", columns, split_rows(ways))
-    title = "The rewards of 64 completions of 1,000 characters"
+    title = "The rewards of 64 completions of about 1,000 characters"
     print_table(title, ["what", "fastest of 200"], reward_rows())
 
 
@@ -196,11 +188,11 @@ def make_model(shape: dict, folder: Path) -> int:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()]
     with (folder / "train.jsonl").open("w") as file:
-        for i, row in enumerate(rows[:64]):
-            question = " ".join(r["question"] for r in rows[i : i + shape["questions"]])
-            file.write(json.dumps(row | {"question": question}) + "\n")
+        for line in (TINY / "train.jsonl").read_text().splitlines()[:64]:
+            row = json.loads(line)
+            row["question"] *= shape["questions"]
+            file.write(json.dumps(row) + "\n")
     return model.num_parameters()
 
 
