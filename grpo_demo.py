@@ -185,6 +185,9 @@ class DemoConfig(GRPOConfig):
         self.output_dir = os.path.expanduser(self.output_dir)
         settings.check_values(self)
         settings.check_gpu(self)
+        if self.reward_weights and len(self.reward_weights) != len(rewards.REWARD_FUNCS):
+            names = ", ".join(function.__name__ for function in rewards.REWARD_FUNCS)
+            raise UserError(f"--reward_weights: give a weight for each of {names}")
         super().__post_init__()
         settings.check_tools(self)
 
@@ -337,12 +340,13 @@ def build_trainer(
     """
     if model_args.model_revision != "main":  # TRL loads the reference model by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
-    five = len(rewards.REWARD_FUNCS)
-    args.reward_weights = [*(args.reward_weights or [1.0] * five)[:five], 0.0]
+    functions = [terminal.watch_reward(function) for function in rewards.REWARD_FUNCS]
+    weights = args.reward_weights or [1.0] * len(functions)
+    args.reward_weights = [*weights[: len(functions)], 0.0]
     trainer = GRPOTrainer(
         model=model,
         args=args,
-        reward_funcs=[*rewards.REWARD_FUNCS, rewards.lenient_accuracy],  # the last one only logs
+        reward_funcs=[*functions, rewards.lenient_accuracy],  # the last one only logs
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -7,6 +7,8 @@ get the same samples, and both fit in 80 columns.
 import math
 import sys
 import time
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import wandb
@@ -87,6 +89,9 @@ def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
     return Panel(grid, title=f"step {step}", title_align="left", border_style="dim")
 
 
+FORMATS = ("soft", "strict")
+
+
 class Progress(TrainerCallback):
     """Shows the progress of training, in place of transformers' and TRL's own output."""
 
@@ -135,7 +140,25 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-FORMATS = ("soft", "strict")
+def watch_reward(function: Callable) -> Callable:
+    """Return the reward function, with a warning when it first returns NaN or an infinity."""
+    name, warned = function.__name__, False
+
+    @wraps(function)
+    def watched(*, completions: list, **kwargs) -> list[float | None]:
+        nonlocal warned
+        values = function(completions=completions, **kwargs)
+        if not warned:
+            pairs = zip(completions, values, strict=False)  # TRL checks the length
+            bad = [c[0]["content"] for c, x in pairs if x is not None and not math.isfinite(x)]
+            if bad:
+                warned, first = True, bad[0][:200]
+                many = f"NaN or infinity for {len(bad)} of {len(values)} completions"
+                what = "NaN counts as 0, an infinity spoils the advantages of its group"
+                print_error(f"warning: {name} returned {many}: {what}. The first: {first!r}")
+        return values
+
+    return watched
 
 
 class Health(TrainerCallback):

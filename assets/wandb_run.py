@@ -41,6 +41,9 @@ def open_run(args: GRPOConfig, config: dict, run_id: str, mode: str) -> None:
     """
     if mode == "disabled" or args.process_index:
         return
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # where W&B keeps what it works on
+        for kind in ("DATA", "CACHE", "CONFIG"):
+            os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path(args.output_dir, "wandb")))
     settings = wandb.Settings(
         silent=True,  # what to do next is said below and in `close_run`
         host=os.environ.get("WANDB_HOST", ""),  # else the machine's name is sent
