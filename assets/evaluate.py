@@ -122,8 +122,10 @@ class Evaluation:
         """
         self.answers[name] = self.answer(trainer, name, one_shot)
         if n := self.args.eval_generations:
+            from assets import pass_at_k  # which no other run needs
+
             sampled = self.answer(trainer, name, one_shot, n)
-            self.passed[name] = verdict.summarize_samples(sampled, n)
+            self.passed[name] = pass_at_k.summarize_samples(sampled, n)
         return self.answers[name]
 
     def answer(
@@ -167,18 +169,20 @@ class Evaluation:
         print_once()
         for name, *cells in verdict.table(measured, "{:.1%} [{:.0%}, {:.0%}]"):
             print_once(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
-        if self.passed:
-            result["pass"] = self.passed
-            for line in verdict.pass_table(self.passed):
-                print_once(line)
         if len(measured) == 3:
             before, control, after = self.answers.values()
             if "after_one_shot" in measured:
                 before, control = control, before
             result |= verdict.decide(before=before, control=control, after=after)
             result["sentences"] = verdict.explain(result, measured)
-            if self.passed:
-                result["sentences"].append(verdict.sharpening(self.passed))
+        if self.passed:
+            from assets import pass_at_k
+
+            result["pass"] = self.passed
+            print_once("\n".join(pass_at_k.table(self.passed)))
+            if "verdict" in result:
+                result["sentences"].append(pass_at_k.explain(self.passed))
+        if "verdict" in result:
             for text in (f"\nlearned: {result['verdict']}", *result["sentences"]):
                 print_once(textwrap.fill(text, 80, replace_whitespace=False))
         if self.args.process_index == 0:

@@ -211,12 +211,12 @@ def refuse(out: Path, why: str) -> None:
 
 def read_record(out: Path, overwrite: bool) -> dict:
     """Return what `run.json` holds, empty if there is none."""
-    if not (out / "run.json").exists():
-        return {}
     try:
         record = json.loads((out / "run.json").read_text())
         if record["finished"] in (True, False) and record["wandb_id"] and {**record["settings"]}:
             return record
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return {} if overwrite else refuse(out, "has a damaged run.json")
@@ -264,19 +264,21 @@ def is_complete(folder: Path, processes: int) -> bool:
     """
     saved = [file for file in folder.rglob("*.pt*") if file.suffix in (".pt", ".pth")]
     weights = [*folder.glob("*.safetensors")]
+    shards = [*folder.glob("global_step*/*optim_states.pt")]  # DeepSpeed: one a process
     try:
         json.loads((folder / "trainer_state.json").read_text())
         for file in weights:
             with safe_open(file, "pt"):  # reads the header and compares the length
                 pass
-        whole = all(map(zipfile.is_zipfile, saved))  # what torch.save writes; the end is looked at
     except Exception:  # whatever a library makes of a damaged file
         return False
-    shards = [*folder.glob("global_step*/*optim_states.pt")]  # DeepSpeed: one a process
-    optimizer = len(shards) == processes if shards else any(folder.glob("optimizer*"))
-    model = bool(weights) or any(folder.glob("pytorch_model_fsdp*"))
-    random_states = len([*folder.glob("rng_state*.pth")]) == processes
-    return whole and optimizer and model and random_states and (folder / "scheduler.pt").exists()
+    return (
+        all(map(zipfile.is_zipfile, saved))  # what torch.save writes; the end is looked at
+        and len([*folder.glob("rng_state*.pth")]) == processes
+        and (len(shards) == processes if shards else any(folder.glob("optimizer*")))
+        and any(weights or folder.glob("pytorch_model_fsdp*"))
+        and (folder / "scheduler.pt").exists()
+    )
 
 
 class StopAndResume(TrainerCallback):
