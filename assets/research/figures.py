@@ -135,7 +135,10 @@ def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
 
 
 def wrap(text: str, marks: dict[int, tuple[str, str]]) -> list[tuple[str, str, str]]:
-    """Return the lines of a completion, each with its highlight and note; elide the middle."""
+    """Return the lines of a completion, each with its highlight and note; elide the middle.
+
+    marks  number of a paragraph, from the start or the end: the text to highlight, a note
+    """
     lines, paragraphs = [], text.split("\n")
     for i, paragraph in enumerate(paragraphs, -len(paragraphs)):
         mark, note = marks.get(i) or marks.get(i + len(paragraphs)) or ("", "")
@@ -165,7 +168,7 @@ def explain(sample: dict, why: str, soft: str, strict: str) -> list[str]:
 
 
 def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -> None:
-    """Draw a completion as it was sampled, its answer, its rewards and the reason for each."""
+    """Draw a completion of samples.json, its answer, its rewards and the reason for each."""
     italic, mono = {"style": "italic"}, {"family": "monospace"}
     rows = [(0.28, [(0.1, title, {"size": 11.5, "weight": "bold"})])]  # inches down, its texts
     question = f"Step {sample['step']}. Question: {sample['question']}"
