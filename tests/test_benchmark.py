@@ -11,7 +11,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def gpu_table() -> str:
-    """Return what the benchmark prints; 40 s alone on two cores."""
+    """Return what the benchmark prints: five processes, one after the other."""
     command = [sys.executable, "-m", "assets.research.benchmark", "--gpu", "--shape", "tiny"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)

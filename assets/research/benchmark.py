@@ -202,7 +202,8 @@ def gpu_row(flags: str) -> list[str]:
         got = run("script", flags)
     except RuntimeError as error:  # out of memory, or a backend that does not run here
         return [str(error).strip().splitlines()[-1][:200], *[""] * 4]
-    generate, total = got["split"]["generate"], sum(got["split"].values())
+    generate = got["split"]["generate"]
+    total = sum(got["split"].values())
     tokens = 64 * mean(step["completions/mean_length"] for step in got["metrics"][1:])
     return [
         f"{total:.2f}",

@@ -58,7 +58,8 @@ def head(figure: Figure, finding: str, note: str = "") -> None:
 
 def result() -> None:
     """Draw accuracy untrained, one-shot and trained: laptop run and real Qwen side by side."""
-    figure, models = Figure((8, 3.6)), {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
+    figure = Figure((8, 3.6))
+    models = {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
     above = {"textcoords": "offset points", "ha": "center"}
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
         measured = [run.evaluation["measurements"] for run in runs(columns)]
@@ -67,7 +68,8 @@ def result() -> None:
             found = [measurements[when][f"{kind}_accuracy"] for measurements in measured]
             if when != AFTER:
                 found = found[:1]  # one untrained model for all seeds
-            x, mean = i // 2 + 0.4 * (i % 2), tables.mean_value(found)
+            x = i // 2 + 0.4 * (i % 2)
+            mean = tables.mean_value(found)
             ax.bar(x, 100 * mean, 0.38, color=ACCURACY[kind], alpha=0.8)
             for j, cell in enumerate(found):
                 at = x + 0.05 * (2 * j + 1 - len(found))
@@ -112,7 +114,8 @@ def draw_rewards(figure: Figure, metrics: list[dict]) -> None:
 
 def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
     """Draw the timers of a run, under their names in W&B, and its rewards."""
-    figure, steps = Figure((8, 7.4)), len(metrics)
+    steps = len(metrics)
+    figure = Figure((8, 7.4))
     upper, lower = figure.subfigures(2, 1)
     names = [next(name for name in timers if "generate" in name), *REWARDS]
     axes = upper.subplots(2, 3, sharex=True).flat
@@ -127,7 +130,8 @@ def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
     generate, five = (parts[part] / sum(parts.values()) for part in ("generate", "five rewards"))
     head(upper, f"Generation takes {generate:.0%} of a step, the five rewards {five:.2%}")
     draw_rewards(lower, metrics)
-    sums, ten = [m["reward"] for m in metrics], min(10, steps)
+    ten = min(10, steps)
+    sums = [m["reward"] for m in metrics]
     first, last = (f"{sum(end) / ten:.1f}" for end in (sums[:ten], sums[-ten:]))
     finding = f"The sum of the rewards goes from {first} to {last}, of {sum(MOST):g}"
     head(lower, f"{finding} (first and last {ten} steps)", LINES)
@@ -135,8 +139,12 @@ def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
 
 
 def wrap(text: str, marks: dict[int, tuple[str, str]]) -> list[tuple[str, str, str]]:
-    """Return the lines of a completion, each with its highlight and note; elide the middle."""
-    lines, paragraphs = [], text.split("\n")
+    """Return the lines of a completion, each with its highlight and note; elide the middle.
+
+    marks  number of a paragraph, from the start or the end: the text to highlight, a note
+    """
+    lines = []
+    paragraphs = text.split("\n")
     for i, paragraph in enumerate(paragraphs, -len(paragraphs)):
         mark, note = marks.get(i) or marks.get(i + len(paragraphs)) or ("", "")
         over = " " * paragraph.index(mark) + "█" * len(mark)
@@ -150,7 +158,8 @@ def wrap(text: str, marks: dict[int, tuple[str, str]]) -> list[tuple[str, str, s
 
 def explain(sample: dict, why: str, soft: str, strict: str) -> list[str]:
     """Return the reason for each of the five rewards of a completion, and for their sum."""
-    values, got = [sample[reward] for reward in REWARDS], sample["extracted"]
+    values = [sample[reward] for reward in REWARDS]
+    got = sample["extracted"]
     tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
     earned = MOST[0] * sum(sample["completion"].count(tag) == 1 for tag in tags) / len(tags)
     way = "more" if sample["advantage"] > 0 else "less"
@@ -165,7 +174,7 @@ def explain(sample: dict, why: str, soft: str, strict: str) -> list[str]:
 
 
 def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -> None:
-    """Draw a completion as it was sampled, its answer, its rewards and the reason for each."""
+    """Draw a completion of samples.json, its answer, its rewards and the reason for each."""
     italic, mono = {"style": "italic"}, {"family": "monospace"}
     rows = [(0.28, [(0.1, title, {"size": 11.5, "weight": "bold"})])]  # inches down, its texts
     question = f"Step {sample['step']}. Question: {sample['question']}"
@@ -181,7 +190,8 @@ def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -
         number = (2.1, f"{value:+.3f}" if value else "0", {"ha": "right"})
         name = (0.1, name, {"color": color, "weight": "bold"})
         rows.append((0.205, [name, number, (2.25, reason, {})]))
-    height, y = sum(down for down, _ in rows) + 0.14, 0.0
+    height = sum(down for down, _ in rows) + 0.14
+    y = 0.0
     figure = Figure((8, height))
     for down, texts in rows:
         y += down
@@ -217,7 +227,8 @@ def p3(samples: list[dict]) -> None:
 
 def p4() -> None:
     """Draw the rewards of the real Qwen, its accuracies and its stray closing tag."""
-    figure, metrics = Figure((8, 6.0)), runs(QWEN)[0].metrics
+    metrics = runs(QWEN)[0].metrics
+    figure = Figure((8, 6.0))
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.6, 1])
     draw_rewards(upper, metrics)
     left, right = lower.subplots(1, 2, sharey=True)
@@ -238,12 +249,15 @@ def p4() -> None:
 
 def time() -> None:
     """Draw how the time of a step splits, as one bar for each run."""
-    figure, most = Figure((8, 2.8)), 0.0
+    figure = Figure((8, 2.8))
+    most = 0.0
     models = {"Laptop run": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
     for ax, (name, columns) in zip(figure.subplots(2, 1), models.items(), strict=True):
         run = runs(columns)[0]
         parts = time_split(run.metrics, tables.read(columns["seed 42"], "timers"))
-        whole, left, small = sum(parts.values()), 0.0, []
+        whole = sum(parts.values())
+        left = 0.0
+        small = []
         most = max(most, parts["five rewards"] / whole)
         for (part, seconds), color in zip(parts.items(), PARTS, strict=True):
             share = seconds / whole

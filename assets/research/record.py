@@ -41,7 +41,8 @@ def read_wandb(file: Path) -> tuple[list[dict], dict]:
     """Return the history of a W&B file, a dict a row, and its environment: args, started_at."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows, environment = [], {}
+    rows = []
+    environment = {}
     for record in map(json.loads, text.splitlines()):
         if record["type"] == "history":
             rows.append(record["history"]["item"])
@@ -57,7 +58,8 @@ def collect(out: Path) -> Log:
     """
     steps: dict[int, dict] = {}  # the last row of each global step, and its timers
     timed: dict[int, list[tuple[str, float]]] = {}
-    started, clock = {"resumed": len(wandb_files(out)) - 1}, 0.0
+    started = {"resumed": len(wandb_files(out)) - 1}
+    clock = 0.0
     for file in wandb_files(out):
         rows, environment = read_wandb(file)
         before = clock if file.parent.name.startswith("offline") else 0.0
@@ -70,7 +72,8 @@ def collect(out: Path) -> Log:
                 metrics = {k: v for k, v in row.items() if k.startswith("train/")}
                 steps[step] = {k.removeprefix("train/"): v for k, v in metrics.items()}
                 steps[step]["runtime"] = clock
-                timed[step], waiting = waiting, []
+                timed[step] = waiting
+                waiting = []
         started = environment | started
     timers: dict[str, list[float]] = {}
     for key, seconds in itertools.chain(*timed.values()):
@@ -93,7 +96,8 @@ def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str,
         return sum(values[len(values) // steps :: every]) / (steps - 1)
 
     generate = sum(seconds(name) for name in timers if "generate" in name)
-    logps, losses = "_get_per_token_logps_and_entropies", len(timers["compute_loss"])
+    logps = "_get_per_token_logps_and_entropies"
+    losses = len(timers["compute_loss"])
     references = len(timers[logps]) - losses  # none with beta 0
     reference = seconds(logps, every=losses // references + 1) if references else 0.0
     policy = seconds(logps) - reference

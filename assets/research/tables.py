@@ -403,7 +403,8 @@ def numbers() -> dict[str, str]:
 def fill(page: str, named: dict[str, str]) -> str:
     """Return the text of a page with its tables, and its numbers by name, made anew."""
     for name, make in TABLES.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        start = f"<!-- {name} -->\n"
+        end = f"<!-- /{name} -->"
         if end in page:
             before, _, rest = page.partition(start)
             page = before + start + make() + end + rest.partition(end)[2]
@@ -417,7 +418,8 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--check", action="store_true", help="only name the files out of date")
-    check, named = parser.parse_args().check, numbers()
+    check = parser.parse_args().check
+    named = numbers()
     pages = {path: path.read_text() for path in PAGES}
     shown = re.findall(r"<!--(?: /)?(\w+) ?-->", "".join(pages.values()))
     if lost := set(shown) ^ (TABLES.keys() | named.keys()):
