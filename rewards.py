@@ -23,9 +23,18 @@ SOFT_FORMAT = re.compile(
     r"(?s)<reasoning>(?:[^<]++|<(?!/reasoning>\s*<answer>))*+</reasoning>\s*<answer>.*?</answer>"
 )
 STRICT_FORMAT = re.compile(r"(?s)^<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n$")
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![.0-9])\.[0-9]++"
-SIGN = r"(?:(?<![0-9A-Za-z)])[-−]\$?|\$[-−]?)?"  # no sign in `10-3`
-NUMBER = re.compile(rf"{SIGN}(?:{DIGITS})(?:/[0-9]++)?")
+# What TeX, HTML and Unicode write for a plain character, replaced in this order
+TYPESET = dict(zip("−–‒‑⁄’€£¥~\u00a0\u2007\u2009\u202f", "----/'$$$     ", strict=True))
+TYPESET |= {r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ", "{,}": ",", "{ }": " "}
+TYPESET |= {r"\$": "$", "<sup>": "^", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
+SIGN = r"(?:(?<![0-9)])\$-|(?<![-0-9A-Za-z)%°$²³])(?<![0-9%] )-)?(?:\$ ?)?"  # none in `10-3`
+SPACED = r"[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]|-[A-Za-z]))++"  # 9 500, but not `9 500-page`
+INTEGER = rf"(?:[0-9]{{1,3}}(?:[,'][0-9]{{3}}(?![0-9]))++|{SPACED}|[0-9]++)"
+DECIMAL = rf"{INTEGER}(?:\.[0-9]++)?|(?<![.0-9A-Za-z])\.[0-9]++"
+NUMBER = re.compile(
+    rf"(?P<sign>{SIGN})(?:(?P<whole>{INTEGER}) (?=[0-9]++/[0-9]))?(?P<top>{DECIMAL})"
+    r"(?:/(?P<bottom>[0-9]++))?(?P<power>[²³]|(?:\^[{(]?|[eE])[-+]?[0-9]++)?"
+)
 
 
 def extract_xml_answer(text: str) -> str:
@@ -97,21 +106,39 @@ REWARD_FUNCS = [  # in the gist's order
 ]
 
 
+def plain(text: str) -> str:
+    """Return the text with its numbers in plain characters, without the exponents of units."""
+    for typeset, typed in TYPESET.items():
+        text = text.replace(typeset, typed)
+    text = re.sub(r"\\(?<=[0-9]\\)", r" \\", text)  # 1\frac12 is a mixed number
+    fraction = r"\\[a-z]{0,4}frac(?:\{(-?[0-9.,]++)\}\{([0-9]++)\}|([0-9])([0-9]))"
+    text = re.sub(fraction, r"\1\3/\2\4", text)
+    text = re.sub(r"m[23](?![,.]?[0-9])", "m", text)
+    return re.sub(r"\^(?<![0-9]\^)[{(]?-?[0-9]++", "", text)
+
+
 def as_number(text: str) -> Fraction | None:
-    """Return `-$1,000.50` or `3/4` as an exact number; None if it is not one, or too long."""
-    try:
-        plain = re.sub(r"[,$]", "", text).replace("−", "-")
-        # An exponent could take hours: 1e999999999
-        return Fraction(plain) if len(text) <= 50 and "e" not in plain.lower() else None
-    except (ValueError, ZeroDivisionError):
+    """Return `-$1,000.50`, `3/4` or `1 1/2` as an exact number; None if it is not one, or too long.
+
+    A power is not read: 1e999999999 could take hours.
+    """
+    match = NUMBER.fullmatch(plain(text.strip())) if len(text) <= 50 else None
+    if not match or match["power"] or not int(match["bottom"] or 1):
         return None
+    value = Fraction(re.sub("[ ,']", "", match["top"]))
+    if match["bottom"]:
+        value /= int(match["bottom"])
+    if match["whole"] and value < 1:  # in `10 20/5` the 10 is another number
+        value += int(re.sub("[ ,']", "", match["whole"]))
+    return -value if "-" in match["sign"] else value
 
 
 def last_number(text: str) -> str:
-    """Return the last number in the text as it is written there; '' if there is none."""
-    end = 1 + max(text.rfind(digit) for digit in "0123456789")
-    start = len(text[:end].rstrip("-−$0123456789.,/"))
-    numbers = NUMBER.findall(text[max(0, start - 1) : end])  # the character before decides the sign
+    """Return the last number in the text, in plain characters; '' if there is none."""
+    text = plain(text)
+    end = 1 + max(map(text.rfind, "0123456789"))
+    start = len(text[:end].rstrip("-$0123456789.,'/ ^{(eE+²³"))  # the regex sees what is before
+    numbers = [match.group() for match in NUMBER.finditer(text, start, end + 2)]
     return numbers[-1] if numbers else ""
 
 
@@ -122,12 +149,15 @@ def is_strict_correct(text: str, gold: str) -> bool:
 
 
 def is_lenient_correct(text: str, gold: str) -> bool:
-    """Return whether the last number in the text equals the gold answer, in any form.
+    """Return whether the last number in the text equals the gold answer, or strict accuracy holds.
 
-    `1,000`, `$18`, `18.00`, `-3`, `3/4`, `18.` and `18kg` are read as a person reads them.
+    `1,000`, `9{,}500`, `$18`, `18.00`, `-3`, `3/4`, `1 1/2` and `18 m^2` are read as a person does.
+    `9 500` is one number, in a list too; `0 500`, `9 500-page` and `2024 500` are two.
+    A dash after a number (`5-10`, `5 –10`) is no sign. Powers (`18^2`, `1e3`) equal nothing.
     """
     want = as_number(gold)
-    return want is not None and as_number(last_number(text)) == want
+    right = want is not None and as_number(last_number(text)) == want
+    return right or is_strict_correct(text, gold)
 
 
 def score(text: str, gold: str) -> dict[str, bool]:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import pytest
 from conftest import ROOT, gsm8k, needs_gsm8k, note
@@ -27,6 +28,7 @@ from rewards import (
     is_lenient_correct,
     is_strict_correct,
     last_number,
+    plain,
     score,
 )
 
@@ -246,10 +248,126 @@ def test_strict_needs_the_tags():
     assert not is_strict_correct("<answer>18.00</answer>", "18")
 
 
+READINGS = [  # the number a person reads last in each of these texts
+    ("9500", r"9{,}500 | 9,\!500 | 9\,500 | 9{\,}500 | 9\;500 | 9~500 | 9 500 | 9'500 | 9’500"),
+    ("9500", "9\u00a0500 | 9\u2009500 | 9\u202f500 | 9\u2007500 | about ~9,500, | 9 500.00 €"),
+    ("9500", r"$9{,}500$ | \$9{,}500 | \boxed{\$9,\!500.00} | \frac{9{,}500}{1} | **€9 500**"),
+    ("1234567", r"1,234,567 | 1 234 567 | 1{,}234{,}567 | €1 234 567 | 1\,234\,567 kg"),
+    ("-18", r"-\$18 | \$-18 | -€18 | –18 | −18 | ‑18 | −$18 | –\$18 | -\$\,18 | $$-18$$ | $-18$"),
+    ("-18", "x=-18 | \\(-18\\) | \\boxed{-18} | **-18** | 5 + -18 | (3, -18) | 10\n-18 | 1) -18"),
+    ("18", r"18 m^2 | 18 m² | 18m² | 18 m2 | 18 cm3. | 18 cm^{2} | 18\,\text{cm}^{-1} | 18 s^-1"),
+    ("18", r"18 m<sup>2</sup> | 18 m^(2) | 18^\circ | 18°C | 18kg | 18-year-old | 18th | 18 eggs"),
+    (
+        "18",
+        r"**18** | _18_ | `18` | \boxed{18} | \textbf{18} | (18) | 18. | 18, | 18\\ | 18! | #18",
+    ),
+    (
+        "18",
+        r"18% | 18\% | $18.00 | $ 18 | 18 $ | 18$ | \$\,18 | Rs.18 | US$18 | ...18 | - 18 | – 18",
+    ),
+    ("10", "5-10 | 5–10 | 5 - 10 | 5 – 10 | 5 –10 | 5--10 | $5-$10 | 5%–10% | 5€-10€ | 5°–10°"),
+    (
+        "3/2",
+        "1 1/2 | 1½ | 1 ½ | 1\\frac{1}{2} | 1 \\frac12 | 1\\tfrac{1}{2} | 1\u00a01/2 | 3/2 | 1.5",
+    ),
+    (
+        "-3/2",
+        r"-1 1/2 | −1½ | -1\frac{1}{2} | \frac{-3}{2} | -\dfrac{3}{2} | -\$1.50 | -3/2 | −3⁄2",
+    ),
+    ("3/4", r"\frac{3}{4} | \frac34 | \nicefrac{3}{4} | ¾ | 3⁄4 | .75 | 1.5/2 | \frac{1.5}{2}"),
+    ("500", "0 500 | 2 500-page books | 2024 500 | 0.5 500 | 1/2 500 | 9, 500 | 9\n500 | 9  500"),
+    ("4", "2 3 4 | 12 345 4 | 10 20/5 | 1,234,4 | 5 x 4 | 3:4 | x^2 + 4 | 4 + x^2"),
+]
+POWERS = ["18^2", "18²", "10^{3}", "1e3", "1.8 × 10^3", "3/0", "9" * 60]  # not read as a number
+
+
+@pytest.mark.parametrize(("number", "forms"), READINGS)
+def test_numbers_as_they_are_typeset(number, forms):
+    for form in forms.split(" | "):
+        for text in (form, f"The answer is {form}", f"First 7. So: {form}\nThat is all!"):
+            assert as_number(last_number(text)) == Fraction(number), text
+
+
+@pytest.mark.parametrize("text", POWERS)
+def test_powers_equal_nothing(text):
+    assert last_number(text) and as_number(last_number(text)) is None
+    assert last_number("m^2") == last_number("m²") == ""
+
+
+SEPARATORS = ["", ",", "{,}", r",\!", r"\,", " ", "\u00a0", "\u2009", "\u202f", "~", "'"]
+MINUS = ["-", "−", "–", "-$", "$-", r"-\$", "−€"]
+AROUND = ["{}", "**{}**", r"\boxed{{{}}}", "${}$", r"\({}\)", "`{}`", "({})", '"{}"']
+UNIT = ["", "%", r"\%", "kg", " m^2", " m²", " cm^{3}", r"\text{ m}^2", " m2", "°C", " € each"]
+BEFORE = ["", "is ", "3 + 4 = ", "7 - 1 = ", "x^2: ", "Answer:\n", "- ", "(1) ", "1) ", "1, "]
+AFTER = ["", ".", "!", ",", "\n", " in all.", "\n</answer>\n", "; that is all"]
+
+
+def groups(number: int, separator: str) -> str:
+    return f"{number:,}".replace(",", separator)
+
+
+@st.composite
+def written(draw) -> tuple[Fraction, str]:
+    """Return a number and one of its written forms."""
+
+    def pick(*choices):
+        return draw(st.sampled_from(choices))
+
+    whole, separator = draw(st.integers(0, 10 ** draw(st.integers(1, 12)))), pick(*SEPARATORS)
+    value, form = Fraction(whole), groups(whole, separator)
+    match pick("whole", "decimal", "fraction", "mixed"):
+        case "decimal":
+            digits = draw(st.from_regex(r"[0-9]{1,4}", fullmatch=True))
+            value, form = Fraction(f"{whole}.{digits}"), f"{form}.{digits}"
+        case "fraction":
+            bottom = draw(st.integers(1, 99))
+            value /= bottom
+            tex = [rf"\frac{{{whole}}}{{{bottom}}}", rf"\dfrac{{{whole}}}{{{bottom}}}"]
+            form = pick(f"{whole}/{bottom}", f"{whole}⁄{bottom}", *tex)
+        case "mixed":
+            top, bottom = pick((1, 2), (3, 4), (2, 3), (5, 16))
+            value += Fraction(top, bottom)
+            tex = [rf"\frac{{{top}}}{{{bottom}}}", rf"\tfrac{{{top}}}{{{bottom}}}"]
+            short = {(1, 2): ["½"], (3, 4): ["¾"]}.get((top, bottom), [])
+            form += pick(f" {top}/{bottom}", f"\u00a0{top}/{bottom}", *tex, *short)
+    if draw(st.booleans()):
+        return -value, pick(*MINUS) + form
+    return value, pick("", "$", r"\$", "€") + form
+
+
+@settings(max_examples=5000, deadline=None)
+@given(written(), *map(st.sampled_from, (BEFORE, AROUND, UNIT, AFTER)))
+def test_a_number_is_read_back_from_any_form(number, before, around, unit, after):
+    value, form = number
+    text = before + around.format(form) + unit + after
+    assert as_number(last_number(text)) == value
+    assert is_lenient_correct(text, str(value)) and not is_lenient_correct(text, str(value + 1))
+
+
 @settings(max_examples=3000, deadline=None)
-@given(st.lists(st.sampled_from([*"0123456789.,/$-−+ a)\n", "1,000", "3/4", "²"])).map("".join))
+@given(st.text(), st.text(), st.text())
+def test_lenient_wherever_strict(before, gold, after):
+    gold, after = gold.replace("<", "").strip(), after.replace("<", "")
+    for text in (f"{before}<answer>{gold}</answer>{after}", PERFECT.replace("18", gold) + after):
+        assert is_strict_correct(text, gold) and is_lenient_correct(text, gold)
+
+
+def test_a_number_after_the_answer():
+    text = PERFECT + "I used 2 steps."
+    assert is_lenient_correct(text, "18") and is_lenient_correct(text, "2")
+    assert not is_lenient_correct(text, "3")
+
+
+MARKS = ["1,000", "3/4", "²", "½", r"\frac{3}{4}", "^{2", " 500", "{,}", r"\,", "e5", "m2", "$-"]
+
+
+@settings(max_examples=5000, deadline=None)
+@given(st.lists(st.sampled_from([*"0123456789.,'/$-−^%+ a)\n", *MARKS])).map("".join))
 def test_last_number_is_the_last_match(text):
-    assert last_number(text) == ["", *rewards.NUMBER.findall(text)][-1]
+    found = [match.group() for match in rewards.NUMBER.finditer(plain(text))]
+    assert last_number(text) == ["", *found][-1]
+    if found:  # what was found is read as it stands, without what was around it
+        assert plain(found[-1]) == found[-1] and rewards.NUMBER.fullmatch(found[-1])
 
 
 @needs_gsm8k
@@ -279,6 +397,7 @@ def test_the_command_prints_what_each_example_earns():
 TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "=", "+", "1", "1,"]
 TAGS += [".", "/", "$", "-", "x", "\ud800"]
 UNITS = [*TAGS, "1+", "1+1=", "1,000,", "<reasoning>\n</reasoning>\n<answer>\n"]
+UNITS += ["1 234 ", "1 1/", r"\frac{1", "^{1", "9{,}", "1e", "1'", r"\,", " -", "$-", "½", "m2"]
 UNITS += ["</reasoning> <answer>", "9 x ", "1 a + ", "\n</answer>\n", "</reasoning>\n<answer>\n"]
 STARTS = ["", "<reasoning>", "<reasoning>\n", "<reasoning>\na\n</reasoning>\n<answer>\n"]
 TAGGED = st.lists(st.sampled_from(TAGS), max_size=60).map("".join)
