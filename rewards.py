@@ -160,6 +160,27 @@ def is_lenient_correct(text: str, gold: str) -> bool:
     return right or is_strict_correct(text, gold)
 
 
+def lenient_accuracy(
+    completions: list, answer: list[str], question=None, log_metric=None, log_extra=None, **kwargs
+) -> list[float]:
+    """Return 1.0 if lenient correct, else 0. Logged with weight 0, it earns nothing.
+
+    TRL's two functions log strict and lenient accuracy, and the columns of the completions table.
+    """
+    texts = [c[0]["content"] for c in completions]
+    strict = [float(is_strict_correct(t, gold)) for t, gold in zip(texts, answer, strict=True)]
+    lenient = [float(is_lenient_correct(t, gold)) for t, gold in zip(texts, answer, strict=True)]
+    if log_metric:
+        log_metric("accuracy/strict", sum(strict) / len(texts))
+        log_metric("accuracy/lenient", sum(lenient) / len(texts))
+    extracted = [extract_xml_answer(text) for text in texts]
+    columns = {"question": question, "text": texts, "gold": answer, "extracted": extracted}
+    for name, values in columns.items():
+        if log_extra and values is not None:
+            log_extra(name, values)
+    return lenient
+
+
 def score(text: str, gold: str) -> dict[str, bool]:
     """Return the four yes/no scores used in evaluation."""
     return {

@@ -28,6 +28,7 @@ from rewards import (
     is_lenient_correct,
     is_strict_correct,
     last_number,
+    lenient_accuracy,
     plain,
     score,
 )
@@ -390,6 +391,27 @@ def test_the_command_prints_what_each_example_earns():
         assert cells.startswith(f"{name:>17}") and comment in why and shown.strip() == repr(text)
         assert cells[17:].split() == [f"{value:.3f}" for value in [*values, sum(values)]]
         assert max(map(len, (cells, why, shown))) <= 80
+
+
+# --- logging accuracy
+
+
+def test_accuracy_is_logged():
+    texts = [PERFECT, "so 18", PERFECT + "I used 2 steps.", "so 19"]
+    metrics, extra = {}, {}
+    given = batch(texts, ["18"] * 4)
+    loggers = {"log_metric": metrics.__setitem__, "log_extra": extra.__setitem__}
+    right = lenient_accuracy(**given, question=list("abcd"), **loggers, trainer_state=None)
+    assert right == [1.0, 1.0, 1.0, 0.0] and all(isinstance(value, float) for value in right)
+    assert metrics == {"accuracy/strict": 0.5, "accuracy/lenient": 0.75}
+    assert list(extra) == ["question", "text", "gold", "extracted"]
+    assert extra["question"] == list("abcd") and extra["gold"] == ["18"] * 4
+    assert extra["text"] == texts and extra["extracted"] == ["18", "so 18", "18", "so 19"]
+    extra.clear()
+    assert lenient_accuracy(**given, log_extra=extra.__setitem__) == right
+    assert list(extra) == ["text", "gold", "extracted"]
+    assert lenient_accuracy(**given) == right
+    assert lenient_accuracy not in REWARD_FUNCS
 
 
 # --- hostile texts
