@@ -14,8 +14,12 @@ each reward with lists, one entry per completion, and expects one float per comp
 A perfect completion earns 4.0. No function raises an exception, whatever the text.
 """
 
+import asyncio
 import re
+import sys
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from types import SimpleNamespace
 
 # `(?s)` lets the dot match newlines; without it multi-line reasoning never earns a format reward.
 # `++`, `*+` and `(?>...)` do not backtrack: same matches, linear time on hostile input.
@@ -203,15 +207,76 @@ EXAMPLES = [  # name, completion, comment; the gold answer is 18
 ]
 
 
+def call_reward(reward: Callable, texts: list[str]) -> Sequence:
+    """Return the rewards of texts with gold answer 18; the reward is called as TRL calls it."""
+    got = reward(
+        prompts=[[{"role": "user", "content": "What is 9 times 2?"}] for _ in texts],
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        completion_ids=[[0] for _ in texts],
+        question=["What is 9 times 2?"] * len(texts),
+        answer=["18"] * len(texts),
+        trainer_state=SimpleNamespace(global_step=0, max_steps=1),
+        log_extra=lambda *args: None,
+        log_metric=lambda *args: None,
+    )
+    return asyncio.run(got) if asyncio.iscoroutine(got) else got
+
+
+def name_of(reward: Callable) -> str:
+    """Return the name TRL logs a reward under."""
+    reward = getattr(reward, "func", reward)  # what functools.partial wraps
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def fault(reward: Callable, texts: list[str]) -> str:
+    """Return what is wrong with the rewards of texts; '' if nothing."""
+    try:
+        got = call_reward(reward, texts)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if not hasattr(got, "__getitem__") or isinstance(got, (str, dict)):
+        return f"returned {got!r:.60}, not a list"
+    if len(got) != len(texts):
+        return f"returned {len(got)} rewards for {len(texts)} completions"
+    wrong = [value for value in got if value is not None and not hasattr(value, "__float__")]
+    return f"returned {wrong[0]!r:.60}, not a number" if wrong else ""
+
+
+def try_rewards(reward_funcs: list[Callable]) -> None:
+    """Call each reward on the seven examples; ValueError names the reward that fails, and where.
+
+    Rewards may compare completions, so an example is tried alone only to name the one that fails.
+    """
+    names = [name_of(reward) for reward in reward_funcs]
+    for reward, name in zip(reward_funcs, names, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"two rewards are named {name}: give them different names")
+        wrong = fault(reward, [text for _, text, _ in EXAMPLES])
+        if wrong:
+            alone = [(title, fault(reward, [text])) for title, text, _ in EXAMPLES]
+            failed = [f"example {title!r}: {found}" for title, found in alone if found]
+            message = f"reward {name}, {[*failed, f'all examples together: {wrong}'][0]}"
+            raise ValueError(" ".join(message.split()))
+
+
 def main() -> None:
-    """Print what each reward gives the seven examples."""
-    names = ["xmlcount", "soft", "strict", "int", "correct", "sum"]
-    print(f"{'gold answer: 18':>17}" + "".join(f"{name:>9}" for name in names))
-    for name, text, comment in EXAMPLES:
-        arguments = {"completions": [[{"role": "assistant", "content": text}]], "answer": ["18"]}
-        rewards = [reward(**arguments)[0] for reward in REWARD_FUNCS]
-        cells = "".join(f"{value:9.3f}" for value in [*rewards, sum(rewards)])
-        print(f"\n{name:>17}{cells}\n  {comment}:\n  {text!r}")
+    """Print what each reward gives the seven examples; exit with status 2 if one fails."""
+    try:
+        try_rewards(REWARD_FUNCS)
+    except ValueError as error:
+        print(f"rewards.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    texts = [text for _, text, _ in EXAMPLES]
+    columns = [call_reward(reward, texts) for reward in REWARD_FUNCS]
+    short = {"soft_format": "soft", "strict_format": "strict", "simple_correctness": "correct"}
+    names = [name_of(reward).removesuffix("_reward_func") for reward in REWARD_FUNCS]
+    names = [f" {short.get(name, name):>8}" for name in [*names, "sum"]]
+    print(f"{'gold answer: 18':>17}" + "".join(names))
+    for (title, text, comment), *row in zip(EXAMPLES, *columns, strict=True):
+        rewards = [0.0 if value is None else float(value) for value in row]
+        values = zip(names, [*rewards, sum(rewards)], strict=True)
+        cells = "".join(f"{value:{len(name)}.3f}" for name, value in values)
+        print(f"\n{title:>17}{cells}\n  {comment}:\n  {text!r}")
 
 
 if __name__ == "__main__":

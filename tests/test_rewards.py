@@ -3,8 +3,11 @@
 The rewards agree with the gist's functions and with an implementation that uses no regexes.
 """
 
+import asyncio
 import contextlib
+import functools
 import io
+import math
 import random
 import re
 import subprocess
@@ -31,6 +34,7 @@ from rewards import (
     lenient_accuracy,
     plain,
     score,
+    try_rewards,
 )
 
 PERFECT = "<reasoning>\nbecause\n</reasoning>\n<answer>\n18\n</answer>\n"
@@ -391,6 +395,187 @@ def test_the_command_prints_what_each_example_earns():
         assert cells.startswith(f"{name:>17}") and comment in why and shown.strip() == repr(text)
         assert cells[17:].split() == [f"{value:.3f}" for value in [*values, sum(values)]]
         assert max(map(len, (cells, why, shown))) <= 80
+
+
+def test_the_columns_of_the_table(capsys):
+    rewards.main()
+    five = capsys.readouterr().out
+    names = ["xmlcount", "soft", "strict", "int", "correct", "sum"]
+    assert five.splitlines()[0].split() == ["gold", "answer:", "18", *names]
+
+
+def test_a_reward_of_ones_own_is_a_column(monkeypatch, capsys):
+    def brevity_reward_func(completions, **kwargs):
+        return [None if "<" in c[0]["content"] else 1 for c in completions]
+
+    def number_of_words_in_all(prompts, question, log_extra, log_metric, completions, **kwargs):
+        log_extra("words", [len(c[0]["content"].split()) for c in completions])
+        log_metric("words", 1.0)
+        return [len(completions)] * len(prompts)
+
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [*REWARD_FUNCS, brevity_reward_func])
+    rewards.main()
+    head, *blocks = capsys.readouterr().out.split("\n\n")
+    names = ["xmlcount", "soft", "strict", "int", "correct", "brevity", "sum"]
+    assert head.split()[3:] == names
+    for block, (_, text, _) in zip(blocks, rewards.EXAMPLES, strict=True):
+        values = [*all_five(text), 0.0 if "<" in text else 1.0]  # None counts as 0 in the sum
+        cells = block.splitlines()[0]
+        assert cells[17:].split() == [f"{value:.3f}" for value in [*values, sum(values)]]
+        assert len(cells) == len(head) == 80
+
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [number_of_words_in_all])
+    rewards.main()
+    head, *blocks = capsys.readouterr().out.split("\n\n")
+    assert head.split()[3:] == ["number_of_words_in_all", "sum"]
+    assert all(b.splitlines()[0].split()[-2:] == ["7.000", "7.000"] for b in blocks)
+    assert len({len(b.splitlines()[0]) for b in [head, *blocks]}) == 1
+
+
+def test_the_table_of_a_reward_that_fails(monkeypatch, capsys):
+    def broken(completions, **kwargs):
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [*REWARD_FUNCS, broken])
+    with pytest.raises(SystemExit) as stopped:
+        rewards.main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and not printed.out
+    assert printed.err.count("\n") == 1 and "broken" in printed.err and "KeyError" in printed.err
+
+
+# --- a reward of one's own is tried
+
+
+def texts_of(completions: list) -> list[str]:
+    return [c[0]["content"] for c in completions]
+
+
+def raises(completions, **kwargs):
+    return [1 / text.count("<answer>") for text in texts_of(completions)]
+
+
+def raises_lines(completions, **kwargs):
+    raise RuntimeError("first\nsecond")
+
+
+def lacks_a_column(completions, solution, **kwargs):
+    return [1.0 for _ in completions]
+
+
+def takes_no_more(completions, answer):
+    return [1.0 for _ in completions]
+
+
+def returns_a_number(completions, **kwargs):
+    return 1.0
+
+
+def returns_none(completions, **kwargs):
+    return None
+
+
+def returns_text(completions, **kwargs):
+    return "1" * len(completions)
+
+
+def returns_a_dict(completions, **kwargs):
+    return dict.fromkeys(range(len(completions)), 1.0)
+
+
+def too_short(completions, **kwargs):
+    return [1.0 for text in texts_of(completions) if "<reasoning>" in text]
+
+
+def averages(completions, **kwargs):
+    return [1.0]
+
+
+def gives_text(completions, **kwargs):
+    return [1.0 if text.endswith("\n") else "a line\nand more" for text in texts_of(completions)]
+
+
+def gives_lists(completions, **kwargs):
+    return [[1.0] for _ in completions]
+
+
+async def awaited_raises(completions, **kwargs):
+    await asyncio.sleep(0)
+    raise OSError("no network")
+
+
+WRONG = {  # reward: the example that is named, and what else is
+    raises: ("plain prose", "ZeroDivisionError: division by zero"),
+    raises_lines: ("perfect", "RuntimeError: first second"),
+    lacks_a_column: ("perfect", "'solution'"),
+    takes_no_more: ("perfect", "TypeError"),
+    returns_a_number: ("perfect", "1.0"),
+    returns_none: ("perfect", "None"),
+    returns_text: ("perfect", "'1'"),
+    returns_a_dict: ("perfect", "{0: 1.0}"),
+    too_short: ("plain prose", "0"),
+    averages: ("all", "1"),  # right alone
+    gives_text: ("no final newline", "a line"),
+    gives_lists: ("perfect", "[1.0]"),
+    awaited_raises: ("perfect", "OSError: no network"),
+}
+
+
+@pytest.mark.parametrize("reward", WRONG)
+def test_a_reward_that_fails_is_named(reward):
+    example, what = WRONG[reward]
+    with pytest.raises(ValueError) as raised:
+        try_rewards([*REWARD_FUNCS, reward])
+    message = str(raised.value)
+    assert reward.__name__ in message and example in message and what in message
+    assert "\n" not in message
+    others = {title for title, *_ in rewards.EXAMPLES} - {example}
+    assert not any(repr(title) in message for title in others)
+
+
+class Judge:
+    def __call__(self, completions, **kwargs):
+        return tuple(range(len(completions)))
+
+
+async def awaited(completions, answer, **kwargs):
+    await asyncio.sleep(0)
+    return [float(gold in text) for text, gold in zip(texts_of(completions), answer, strict=True)]
+
+
+def compares(completions, trainer_state, **kwargs):
+    lengths = [len(text) / (1 + trainer_state.global_step) for text in texts_of(completions)]
+    return [length == sorted(lengths)[1] for length in lengths]  # at least two completions
+
+
+def odd_numbers(completions, **kwargs):
+    return [None, True, 3, math.nan, -math.inf, Fraction(1, 2), 0.5][: len(completions)]
+
+
+def test_rewards_that_trl_accepts():
+    weighted = functools.partial(Judge(), weight=2)
+    columns = {}
+
+    def logs(completions, log_extra, log_metric, prompts, completion_ids, question, **kwargs):
+        columns.update(kwargs, prompts=prompts, ids=completion_ids, question=question)
+        log_extra("length", list(map(len, texts_of(completions))))
+        log_metric("length", 1.0)
+        return [0.0] * len(completions)
+
+    try_rewards([*REWARD_FUNCS, lenient_accuracy, awaited, compares, odd_numbers, weighted, logs])
+    assert set(columns) == {"answer", "prompts", "ids", "question", "trainer_state"}
+    assert columns["answer"] == ["18"] * 7 and len(columns["prompts"]) == len(columns["ids"]) == 7
+    assert columns["prompts"][0][-1] == {"role": "user", "content": columns["question"][0]}
+
+
+def test_two_rewards_of_one_name():
+    one, other = (lambda completions, **kwargs: [1.0] * len(completions) for _ in range(2))
+    for twice in ([one, other], [*REWARD_FUNCS, REWARD_FUNCS[0]], [Judge(), Judge()]):
+        name = getattr(twice[-1], "__name__", "Judge")
+        with pytest.raises(ValueError, match=name):
+            try_rewards(twice)
+    other.__name__ = "other"
+    try_rewards([one, other])
 
 
 # --- logging accuracy
