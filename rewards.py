@@ -14,8 +14,12 @@ each reward with lists, one entry per completion, and expects one float per comp
 A perfect completion earns 4.0. No function raises an exception, whatever the text.
 """
 
+import asyncio
 import re
+import sys
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from types import SimpleNamespace
 
 # `(?s)` lets the dot match newlines; without it multi-line reasoning never earns a format reward.
 # `++`, `*+` and `(?>...)` do not backtrack: same matches, linear time on hostile input.
@@ -23,9 +27,18 @@ SOFT_FORMAT = re.compile(
     r"(?s)<reasoning>(?:[^<]++|<(?!/reasoning>\s*<answer>))*+</reasoning>\s*<answer>.*?</answer>"
 )
 STRICT_FORMAT = re.compile(r"(?s)^<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n$")
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|(?<![.0-9])\.[0-9]++"
-SIGN = r"(?:(?<![0-9A-Za-z)])[-−]\$?|\$[-−]?)?"  # no sign in `10-3`
-NUMBER = re.compile(rf"{SIGN}(?:{DIGITS})(?:/[0-9]++)?")
+# What TeX, HTML and Unicode write for a plain character, replaced in this order
+TYPESET = dict(zip("−–‒‑⁄’€£¥~\u00a0\u2007\u2009\u202f", "----/'$$$     ", strict=True))
+TYPESET |= {r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ", "{,}": ",", "{ }": " "}
+TYPESET |= {r"\$": "$", "<sup>": "^", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
+SIGN = r"(?:(?<![0-9)])\$-|(?<![-0-9A-Za-z)%°$²³])(?<![0-9%] )-)?(?:\$ ?)?"  # none in `10-3`
+SPACED = r"[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]|-[A-Za-z]))++"  # 9 500, but not `9 500-page`
+INTEGER = rf"(?:[0-9]{{1,3}}(?:[,'][0-9]{{3}}(?![0-9]))++|{SPACED}|[0-9]++)"
+DECIMAL = rf"{INTEGER}(?:\.[0-9]++)?|(?<![.0-9A-Za-z])\.[0-9]++"
+NUMBER = re.compile(
+    rf"(?P<sign>{SIGN})(?:(?P<whole>{INTEGER}) (?=[0-9]++/[0-9]))?(?P<top>{DECIMAL})"
+    r"(?:/(?P<bottom>[0-9]++))?(?P<power>[²³]|(?:\^[{(]?|[eE])[-+]?[0-9]++)?"
+)
 
 
 def extract_xml_answer(text: str) -> str:
@@ -97,21 +110,39 @@ REWARD_FUNCS = [  # in the gist's order
 ]
 
 
+def plain(text: str) -> str:
+    """Return the text with its numbers in plain characters, without the exponents of units."""
+    for typeset, typed in TYPESET.items():
+        text = text.replace(typeset, typed)
+    text = re.sub(r"\\(?<=[0-9]\\)", r" \\", text)  # 1\frac12 is a mixed number
+    fraction = r"\\[a-z]{0,4}frac(?:\{(-?[0-9.,]++)\}\{([0-9]++)\}|([0-9])([0-9]))"
+    text = re.sub(fraction, r"\1\3/\2\4", text)
+    text = re.sub(r"m[23](?![,.]?[0-9])", "m", text)
+    return re.sub(r"\^(?<![0-9]\^)[{(]?-?[0-9]++", "", text)
+
+
 def as_number(text: str) -> Fraction | None:
-    """Return `-$1,000.50` or `3/4` as an exact number; None if it is not one, or too long."""
-    try:
-        plain = re.sub(r"[,$]", "", text).replace("−", "-")
-        # An exponent could take hours: 1e999999999
-        return Fraction(plain) if len(text) <= 50 and "e" not in plain.lower() else None
-    except (ValueError, ZeroDivisionError):
+    """Return `-$1,000.50`, `3/4` or `1 1/2` as an exact number; None if it is not one, or too long.
+
+    A power is not read: 1e999999999 could take hours.
+    """
+    match = NUMBER.fullmatch(plain(text.strip())) if len(text) <= 50 else None
+    if not match or match["power"] or not int(match["bottom"] or 1):
         return None
+    value = Fraction(re.sub("[ ,']", "", match["top"]))
+    if match["bottom"]:
+        value /= int(match["bottom"])
+    if match["whole"] and value < 1:  # in `10 20/5` the 10 is another number
+        value += int(re.sub("[ ,']", "", match["whole"]))
+    return -value if "-" in match["sign"] else value
 
 
 def last_number(text: str) -> str:
-    """Return the last number in the text as it is written there; '' if there is none."""
-    end = 1 + max(text.rfind(digit) for digit in "0123456789")
-    start = len(text[:end].rstrip("-−$0123456789.,/"))
-    numbers = NUMBER.findall(text[max(0, start - 1) : end])  # the character before decides the sign
+    """Return the last number in the text, in plain characters; '' if there is none."""
+    text = plain(text)
+    end = 1 + max(map(text.rfind, "0123456789"))
+    start = len(text[:end].rstrip("-$0123456789.,'/ ^{(eE+²³"))  # the regex sees what is before
+    numbers = [match.group() for match in NUMBER.finditer(text, start, end + 2)]
     return numbers[-1] if numbers else ""
 
 
@@ -122,12 +153,36 @@ def is_strict_correct(text: str, gold: str) -> bool:
 
 
 def is_lenient_correct(text: str, gold: str) -> bool:
-    """Return whether the last number in the text equals the gold answer, in any form.
+    """Return whether the last number in the text equals the gold answer, or strict accuracy holds.
 
-    `1,000`, `$18`, `18.00`, `-3`, `3/4`, `18.` and `18kg` are read as a person reads them.
+    `1,000`, `9{,}500`, `$18`, `18.00`, `-3`, `3/4`, `1 1/2` and `18 m^2` are read as a person does.
+    `9 500` is one number, in a list too; `0 500`, `9 500-page` and `2024 500` are two.
+    A dash after a number (`5-10`, `5 –10`) is no sign. Powers (`18^2`, `1e3`) equal nothing.
     """
     want = as_number(gold)
-    return want is not None and as_number(last_number(text)) == want
+    right = want is not None and as_number(last_number(text)) == want
+    return right or is_strict_correct(text, gold)
+
+
+def lenient_accuracy(
+    completions: list, answer: list[str], question=None, log_metric=None, log_extra=None, **kwargs
+) -> list[float]:
+    """Return 1.0 if lenient correct, else 0. Logged with weight 0, it earns nothing.
+
+    TRL's two functions log strict and lenient accuracy, and the columns of the completions table.
+    """
+    texts = [c[0]["content"] for c in completions]
+    strict = [float(is_strict_correct(t, gold)) for t, gold in zip(texts, answer, strict=True)]
+    lenient = [float(is_lenient_correct(t, gold)) for t, gold in zip(texts, answer, strict=True)]
+    if log_metric:
+        log_metric("accuracy/strict", sum(strict) / len(texts))
+        log_metric("accuracy/lenient", sum(lenient) / len(texts))
+    extracted = [extract_xml_answer(text) for text in texts]
+    columns = {"question": question, "text": texts, "gold": answer, "extracted": extracted}
+    for name, values in columns.items():
+        if log_extra and values is not None:
+            log_extra(name, values)
+    return lenient
 
 
 def lenient_accuracy(
@@ -169,15 +224,76 @@ EXAMPLES = [  # name, completion, comment; the gold answer is 18
 ]
 
 
+def call_reward(reward: Callable, texts: list[str]) -> Sequence:
+    """Return the rewards of texts with gold answer 18; the reward is called as TRL calls it."""
+    got = reward(
+        prompts=[[{"role": "user", "content": "What is 9 times 2?"}] for _ in texts],
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        completion_ids=[[0] for _ in texts],
+        question=["What is 9 times 2?"] * len(texts),
+        answer=["18"] * len(texts),
+        trainer_state=SimpleNamespace(global_step=0, max_steps=1),
+        log_extra=lambda *args: None,
+        log_metric=lambda *args: None,
+    )
+    return asyncio.run(got) if asyncio.iscoroutine(got) else got
+
+
+def name_of(reward: Callable) -> str:
+    """Return the name TRL logs a reward under."""
+    reward = getattr(reward, "func", reward)  # what functools.partial wraps
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def fault(reward: Callable, texts: list[str]) -> str:
+    """Return what is wrong with the rewards of texts; '' if nothing."""
+    try:
+        got = call_reward(reward, texts)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if not hasattr(got, "__getitem__") or isinstance(got, (str, dict)):
+        return f"returned {got!r:.60}, not a list"
+    if len(got) != len(texts):
+        return f"returned {len(got)} rewards for {len(texts)} completions"
+    wrong = [value for value in got if value is not None and not hasattr(value, "__float__")]
+    return f"returned {wrong[0]!r:.60}, not a number" if wrong else ""
+
+
+def try_rewards(reward_funcs: list[Callable]) -> None:
+    """Call each reward on the seven examples; ValueError names the reward that fails, and where.
+
+    Rewards may compare completions, so an example is tried alone only to name the one that fails.
+    """
+    names = [name_of(reward) for reward in reward_funcs]
+    for reward, name in zip(reward_funcs, names, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"two rewards are named {name}: give them different names")
+        wrong = fault(reward, [text for _, text, _ in EXAMPLES])
+        if wrong:
+            alone = [(title, fault(reward, [text])) for title, text, _ in EXAMPLES]
+            failed = [f"example {title!r}: {found}" for title, found in alone if found]
+            message = f"reward {name}, {[*failed, f'all examples together: {wrong}'][0]}"
+            raise ValueError(" ".join(message.split()))
+
+
 def main() -> None:
-    """Print what each reward gives the seven examples."""
-    names = ["xmlcount", "soft", "strict", "int", "correct", "sum"]
-    print(f"{'gold answer: 18':>17}" + "".join(f"{name:>9}" for name in names))
-    for name, text, comment in EXAMPLES:
-        arguments = {"completions": [[{"role": "assistant", "content": text}]], "answer": ["18"]}
-        rewards = [reward(**arguments)[0] for reward in REWARD_FUNCS]
-        cells = "".join(f"{value:9.3f}" for value in [*rewards, sum(rewards)])
-        print(f"\n{name:>17}{cells}\n  {comment}:\n  {text!r}")
+    """Print what each reward gives the seven examples; exit with status 2 if one fails."""
+    try:
+        try_rewards(REWARD_FUNCS)
+    except ValueError as error:
+        print(f"rewards.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    texts = [text for _, text, _ in EXAMPLES]
+    columns = [call_reward(reward, texts) for reward in REWARD_FUNCS]
+    short = {"soft_format": "soft", "strict_format": "strict", "simple_correctness": "correct"}
+    names = [name_of(reward).removesuffix("_reward_func") for reward in REWARD_FUNCS]
+    names = [f" {short.get(name, name):>8}" for name in [*names, "sum"]]
+    print(f"{'gold answer: 18':>17}" + "".join(names))
+    for (title, text, comment), *row in zip(EXAMPLES, *columns, strict=True):
+        rewards = [0.0 if value is None else float(value) for value in row]
+        values = zip(names, [*rewards, sum(rewards)], strict=True)
+        cells = "".join(f"{value:{len(name)}.3f}" for name, value in values)
+        print(f"\n{title:>17}{cells}\n  {comment}:\n  {text!r}")
 
 
 if __name__ == "__main__":
