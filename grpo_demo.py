@@ -404,6 +404,8 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
     wandb_mode = wandb_run.find_mode(args)
+    with as_user_error("rewards.py"):
+        rewards.try_rewards(rewards.REWARD_FUNCS)  # on its examples
     rows = load_questions(args, "train", args.one_shot)
     evaluation = build_evaluation(args, model_args) if args.evaluate else None
     if len(rows) < (prompts := args.generation_batch_size // args.num_generations):

@@ -185,23 +185,6 @@ def lenient_accuracy(
     return lenient
 
 
-def lenient_accuracy(
-    completions, answer, question=None, log_metric=None, log_extra=None, **kwargs
-) -> list[float]:
-    texts = [c[0]["content"] for c in completions]
-    if log_extra:
-        log_extra("question", question)
-        log_extra("text", texts)
-        log_extra("gold", answer)
-        log_extra("extracted", [extract_xml_answer(t) for t in texts])
-    right = [is_lenient_correct(t, a) for t, a in zip(texts, answer, strict=True)]
-    if log_metric:
-        strict = [is_strict_correct(t, a) for t, a in zip(texts, answer, strict=True)]
-        log_metric("accuracy/strict", sum(strict) / len(texts))
-        log_metric("accuracy/lenient", sum(right) / len(texts))
-    return [float(r) for r in right]
-
-
 def score(text: str, gold: str) -> dict[str, bool]:
     """Return the four yes/no scores used in evaluation."""
     return {

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
+from inspect import iscoroutinefunction
 
 import torch
 import wandb
@@ -142,7 +143,9 @@ class Progress(TrainerCallback):
 
 def watch_reward(function: Callable) -> Callable:
     """Return the reward function, with a warning when it first returns NaN or an infinity."""
-    name, warned = function.__name__, False
+    name, warned = getattr(function, "__name__", ""), False
+    if not name or iscoroutinefunction(function):
+        return function
 
     @wraps(function)
     def watched(*, completions: list, **kwargs) -> list[float | None]:
