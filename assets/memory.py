@@ -10,8 +10,8 @@ length, some are padded (so sdpa uses its memory-efficient kernel), and the step
 The reference's pass is left out: the loss' own holds more.
 
 Not counted: the CUDA context, cuBLAS workspaces, buffers inside kernels, memory that PyTorch's
-allocator holds but cannot use, and the evaluation's one-shot example. A tenth of a card
-stays free for them. 1 GB is 10^9 bytes, for tensors and for cards.
+allocator holds but cannot use, and the evaluation's one-shot example: a tenth of the card is kept
+free for them. 1 GB is 10^9 bytes, for tensors and for cards.
 """
 
 import sys

@@ -110,6 +110,7 @@ def test_weights_gradients_and_adam_are_what_arithmetic_says(tables):
     assert tables["full"][False, 1]["optimizer"] == pytest.approx(6 * 4 * parameters, rel=0.001)
 
 
+@pytest.mark.filterwarnings("ignore:.assets.memory. found in sys.modules")
 def test_the_report_names_the_largest_micro_batch_of_each_card(monkeypatch, capsys):
     """The module is a command too; both print the same."""
 
