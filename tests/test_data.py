@@ -7,8 +7,9 @@ from conftest import GSM8K, LAPTOP, ROOT, gsm8k, needs_gsm8k
 from transformers import AutoTokenizer
 
 import grpo_demo
+from assets.common import UserError
 from assets.tiny import make
-from grpo_demo import UserError, get_gsm8k_questions
+from grpo_demo import get_gsm8k_questions, load_questions
 
 GOOD = json.dumps({"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"})
 
@@ -16,6 +17,10 @@ GOOD = json.dumps({"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 
 def folder(tmp_path, *lines: str, split: str = "train"):
     (tmp_path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return str(tmp_path)
+
+
+def laptop(tmp_path, *flags: str):
+    return grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path / "out"), *flags])
 
 
 def test_a_local_folder(tmp_path):
@@ -33,7 +38,7 @@ def test_a_question_that_ends_its_own_turn_is_kept_and_reported(tmp_path, capsys
     """The tokenizer reads <|im_end|> in a question as the token: the turn ends there."""
     bad = json.dumps({"question": "How<|im_end|> many?", "answer": "#### 4"})
     rows = get_gsm8k_questions("train", folder(tmp_path, *[GOOD] * 7, bad))
-    trainer = grpo_demo.build_trainer(*laptop(tmp_path, "--report_to", "none"), rows)
+    trainer = grpo_demo.prepare_trainer(*laptop(tmp_path, "--report_to", "none"), rows)
     assert "warning: 1 questions have tokens that end a turn" in capsys.readouterr().err
     ids, _, _ = trainer._tokenize_prompts(rows["prompt"][:])
     ends = [prompt.count(trainer.processing_class.eos_token_id) for prompt in ids]
@@ -69,19 +74,25 @@ def test_bad_rows_are_counted_in_one_line(tmp_path, capsys):
     "lines", [[], ["", " "], ['{"a": 1}'], ["not json"]], ids=["empty", "blank", "columns", "json"]
 )
 def test_no_usable_row_is_an_error(tmp_path, lines):
-    with pytest.raises(UserError, match="no usable row in split 'train'"):
-        get_gsm8k_questions("train", folder(tmp_path, *lines))
+    data = folder(tmp_path, *lines)
+    with pytest.raises(ValueError, match="no usable row"):
+        get_gsm8k_questions("train", data)
+    args, _ = laptop(tmp_path, "--dataset_name", data)
+    with pytest.raises(UserError, match="no split 'train' in dataset .*: no usable row"):
+        load_questions(args, "train")
 
 
 def test_a_missing_split_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"no split 'test'.*test\.jsonl"):
-        get_gsm8k_questions("test", folder(tmp_path, GOOD))
+    args, _ = laptop(tmp_path, "--dataset_name", folder(tmp_path, GOOD))
+    with pytest.raises(UserError, match=r"no split 'test'.*test\.jsonl.*--evaluate False"):
+        load_questions(args, "test")
 
 
 @pytest.mark.parametrize("test", [None, "", "not json"], ids=["missing", "empty", "unusable"])
 def test_no_test_split_is_an_error_before_any_work(tmp_path, monkeypatch, capsys, test):
     monkeypatch.setenv("COLUMNS", "160")
-    data, out = folder(tmp_path, *[GOOD] * 8), tmp_path / "out"
+    data = folder(tmp_path, *[GOOD] * 8)
+    out = tmp_path / "out"
     if test is not None:
         folder(tmp_path, test, split="test")
     with pytest.raises(SystemExit) as stopped:
@@ -99,10 +110,6 @@ def test_odd_characters_and_bytes(tmp_path):
     assert [r["question"] for r in rows] == [row["question"], "How many?"]
 
 
-def laptop(tmp_path, *flags: str):
-    return grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path / "out"), *flags])
-
-
 def test_long_prompts_are_reported_and_kept(tmp_path, capsys):
     rows = get_gsm8k_questions("train", "assets/tiny")
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
@@ -111,7 +118,7 @@ def test_long_prompts_are_reported_and_kept(tmp_path, capsys):
     limit = lengths[len(lengths) // 2]
     long = sum(length > limit for length in lengths)
     flags = ["--report_to", "none", "--max_prompt_length", str(limit)]
-    trainer = grpo_demo.build_trainer(*laptop(tmp_path, *flags), rows)
+    trainer = grpo_demo.prepare_trainer(*laptop(tmp_path, *flags), rows)
     errors = capsys.readouterr().err.splitlines()
     (line,) = [line for line in errors if line.startswith("warning")]
     assert f"{long} of {len(rows)} prompts" in line and 0 < long < len(rows)
@@ -127,7 +134,7 @@ def test_too_few_rows_for_a_step(tmp_path):
 
 @needs_gsm8k
 def test_real_gsm8k(capsys):
-    train, test = get_gsm8k_questions("train", str(GSM8K)), get_gsm8k_questions("test", str(GSM8K))
+    train, test = (get_gsm8k_questions(split, str(GSM8K)) for split in ("train", "test"))
     assert (len(train), len(test)) == (7473, 1319) and capsys.readouterr().err == ""
     assert train[0]["question"] == gsm8k("train")[0]["question"]
 
@@ -162,7 +169,8 @@ def test_the_embedded_model_is_an_ordinary_directory():
 def test_no_question_is_in_two_splits_of_the_maker():
     for split in ("train", "test"):
         assert {make.split_of(row["question"]) for row in embedded(split)} == {split}
-    rng, fixed = make.random.Random(5), {make.ONE_SHOT_QUESTION, "Equations"}
+    rng = make.random.Random(5)
+    fixed = {make.ONE_SHOT_QUESTION, "Equations"}
     messages = [message for _ in range(500) for message in make.sample(rng)[0]]
     asked = {m["content"] for m in messages if m["role"] == "user"} - fixed
     assert len(asked) > 400 and {make.split_of(question) for question in asked} == {"pretrain"}

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_demo
-from assets.evaluate import Evaluation
-from assets.measure import COLUMNS, explain, gain, pass_at, share, sharpening, summarize, verdict
+from assets import evaluate, pass_at_k
+from assets.evaluate import Evaluation, generate
+from assets.pass_at_k import summarize_samples
 from assets.research import tables
+from assets.verdict import MEASURES, decide, explain, paired_interval, share, summarize
 from rewards import REWARD_FUNCS, score
 
 XML = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n{}\n</answer>\n"
@@ -23,7 +25,8 @@ SCORES = list(score("", ""))
 
 def planted(form: float, right: float, seed: int, n: int = 500) -> list[dict]:
     """Return the rows of a model that writes XML in a share `form` and is right in `right`."""
-    rng, rows = random.Random(seed), []
+    rows = []
+    rng = random.Random(seed)
     skill = random.Random(99)  # the same questions are easy for every model
     for _ in range(n):
         answer = 18 if skill.random() < right else 17
@@ -33,76 +36,84 @@ def planted(form: float, right: float, seed: int, n: int = 500) -> list[dict]:
     return rows
 
 
+def numbers(interval: dict) -> list[float]:
+    """Return value, low and high of an interval."""
+    return [interval[key] for key in ("value", "low", "high")]
+
+
 def judge(before: tuple, control: tuple, after: tuple) -> dict:
     """Return the verdict on three planted models, each (form, right)."""
     rows = [planted(*model, seed) for seed, model in enumerate((before, control, after))]
-    return verdict(before=rows[0], control=rows[1], after=rows[2])
+    return decide(before=rows[0], control=rows[1], after=rows[2])
 
 
 def test_a_model_that_learned_the_format_only():
     result = judge((0.05, 0.6), (0.7, 0.6), (0.98, 0.6))
-    strict, (value, low, high) = result["gain"]["strict_accuracy"], result["gain"]["reasoning"]
+    value, low, high = numbers(result["gain"]["reasoning"])
     assert result["verdict"] == "format" and low < value == 0 < high
-    assert result["gain"]["format"] == strict[0] > 0.5
+    assert result["gain"]["format"] == result["gain"]["strict_accuracy"]["value"] > 0.5
 
 
 def test_a_model_that_learned_to_reason_only():
     same_form = planted(0.9, 0.7, seed=0)  # the same answers in XML as before
-    before, control = planted(0.9, 0.4, seed=0), planted(0.9, 0.4, seed=1)
-    result = verdict(before=before, control=control, after=same_form)
+    before, control = (planted(0.9, 0.4, seed) for seed in (0, 1))
+    result = decide(before=before, control=control, after=same_form)
     assert result["verdict"] == "reasoning"
-    _, low, high = result["gain"]["reasoning"]
+    _, low, high = numbers(result["gain"]["reasoning"])
     assert 0 < low < 0.3 < high
 
 
 def test_a_model_that_learned_the_soft_format_only():
-    before, control = planted(0.0, 0.6, seed=1), planted(0.0, 0.6, seed=2)
+    before, control = (planted(0.0, 0.6, seed) for seed in (1, 2))
     after = [row | {"strict_format": False} for row in planted(0.98, 0.6, seed=3)]
-    result = verdict(before=before, control=control, after=after)
+    result = decide(before=before, control=control, after=after)
     assert result["verdict"] == "format"
-    assert result["gain"]["strict_format"][0] == 0 < result["gain"]["soft_format"][1]
+    gains = result["gain"]
+    assert gains["strict_format"]["value"] == 0 < gains["soft_format"]["low"]
 
 
 def test_both_and_neither():
     assert judge((0.1, 0.4), (0.5, 0.4), (0.9, 0.7))["verdict"] == "format and reasoning"
     model = planted(0.5, 0.4, seed=1)
-    assert verdict(before=model, control=model, after=model)["verdict"] == "neither"
+    assert decide(before=model, control=model, after=model)["verdict"] == "neither"
 
 
 def test_reasoning_is_measured_from_the_better_untrained_prompt():
     better_control = judge((0.1, 0.3), (0.9, 0.6), (0.9, 0.6))
     better_before = judge((0.1, 0.6), (0.9, 0.3), (0.9, 0.6))
     for result in (better_control, better_before):
-        assert result["verdict"] == "format" and result["gain"]["reasoning"][0] == 0
+        assert result["verdict"] == "format" and result["gain"]["reasoning"]["value"] == 0
         assert result["best_untrained"] == share(planted(0.0, 0.6, seed=1), "lenient_accuracy")
 
 
 def test_what_was_lost_is_negative():
     result = judge((0.1, 0.8), (0.9, 0.8), (0.99, 0.6))
-    value, low, high = result["gain"]["reasoning"]
+    value, low, high = numbers(result["gain"]["reasoning"])
     assert result["verdict"] == "format" and low < value < high < 0
     total = result["gain"]["format"] + value
-    assert result["gain"]["strict_accuracy"][0] == pytest.approx(total)
+    assert result["gain"]["strict_accuracy"]["value"] == pytest.approx(total)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=400))
 def test_paired_interval(pairs):
     before, after = ([{"x": pair[i]} for pair in pairs] for i in (0, 1))
-    value, low, high = gain("x", before, after)
+    found = paired_interval("x", before, after)
+    value, low, high = numbers(found)
     assert value == pytest.approx(share(after, "x") - share(before, "x"))
-    assert -1 <= low <= high <= 1
-    assert gain("x", after, before) == pytest.approx([-value, -high, -low])
+    assert -1 <= low <= high <= 1 and found["n"] == len(pairs)
+    assert numbers(paired_interval("x", after, before)) == pytest.approx([-value, -high, -low])
 
 
 def test_paired_interval_covers():
     """95% of such intervals hold the true difference, here 0.1, in 2,000 evaluations."""
-    rng, held = random.Random(0), 0
+    rng = random.Random(0)
+    held = 0
     for _ in range(2000):
         draws = [rng.random() for _ in range(200)]
         before = [{"x": draw < 0.4} for draw in draws]
         after = [{"x": 0.05 < draw < 0.55} for draw in draws]
-        _, low, high = gain("x", before, after)
+        _, low, high = numbers(paired_interval("x", before, after))
         held += low <= 0.1 <= high
     print(f"coverage {held / 2000:.3f}")
     assert 0.93 <= held / 2000 <= 0.97
@@ -117,15 +128,16 @@ def test_wilson_interval(k, n, low, high):
     rows = [score(text, "18") | {"truncated": False, "tokens": 1} for text in texts]
     found = summarize(rows)["strict_accuracy"]
     assert (found["value"], found["n"]) == (k / n, n)
-    assert found["interval"] == pytest.approx([low, high], abs=1e-4)
+    assert numbers(found) == pytest.approx([k / n, low, high], abs=1e-4)
 
 
 def test_interval_of_tokens():
     lengths = [3, 5, 5, 8, 21]
     rows = [score("", "") | {"truncated": False, "tokens": n} for n in lengths]
     normal = statistics.NormalDist(statistics.fmean(lengths), statistics.pstdev(lengths) / 5**0.5)
-    interval = [normal.inv_cdf(0.025), normal.inv_cdf(0.975)]
-    assert summarize(rows)["tokens"]["interval"] == pytest.approx(interval, rel=1e-4)
+    wanted = [normal.mean, normal.inv_cdf(0.025), normal.inv_cdf(0.975)]
+    found = summarize(rows)["tokens"]
+    assert numbers(found) == pytest.approx(wanted, rel=1e-4) and found["n"] == 5
 
 
 def build(out, *flags: str) -> tuple:
@@ -133,7 +145,7 @@ def build(out, *flags: str) -> tuple:
     flags = ("--report_to", "none", "--eval_samples", "12", "--beta", "0", *flags)
     args, model_args = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(out), *flags])
     evaluation = grpo_demo.build_evaluation(args, model_args)
-    return evaluation, grpo_demo.build_trainer(args, model_args, evaluation.questions)
+    return evaluation, grpo_demo.prepare_trainer(args, model_args, evaluation.rows)
 
 
 def test_evaluate_is_greedy_and_repeatable(tmp_path):
@@ -141,8 +153,8 @@ def test_evaluate_is_greedy_and_repeatable(tmp_path):
     state = grpo_demo.torch.get_rng_state()
     first = evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
     assert grpo_demo.torch.equal(grpo_demo.torch.get_rng_state(), state)
-    assert [row["question"] for row in first] == evaluation.questions["question"][:]
-    assert [row["gold"] for row in first] == evaluation.questions["answer"][:]
+    assert [row["question"] for row in first] == evaluation.rows["question"][:]
+    assert [row["gold"] for row in first] == evaluation.rows["answer"][:]
     for row in first:
         assert {name: row[name] for name in SCORES} == score(row["completion"], row["gold"])
         ids = trainer.processing_class(row["completion"])["input_ids"]
@@ -170,17 +182,78 @@ def test_answers_are_kept_until_the_questions_change(tmp_path):
     assert kept.stat().st_mtime_ns == written  # read, not made again
     changed, _ = build(tmp_path, "--eval_samples", "5")
     rows = changed.evaluate(trainer, "before_zero_shot", one_shot=False)
-    assert rows == changed.measured["before_zero_shot"] and len(rows) == 5
+    assert rows == changed.answers["before_zero_shot"] and len(rows) == 5
     assert kept.stat().st_mtime_ns != written
     read, _ = build(tmp_path, "--eval_samples", "5")
     assert read.evaluate(None, "before_zero_shot", one_shot=False) == rows
+
+
+@pytest.mark.parametrize("samples", [0, 2], ids=["greedy", "sampled"])
+def test_an_evaluation_goes_on_from_the_answers_that_are_kept(tmp_path, monkeypatch, samples):
+    """It is stopped in its third batch of 4; what is kept is not generated again."""
+    flags = ("--per_device_eval_batch_size", "4")
+    total = 12 * (samples or 1)
+    made = []
+    whole, trainer = build(tmp_path / "whole", *flags)
+    wanted = whole.answer(trainer, "before", False, samples)
+    assert len(wanted) == total
+
+    def stop_in_the_third_batch(trainer, prompts, greedy):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(len(prompts))
+        return generate(trainer, prompts, greedy)
+
+    stopped, trainer = build(tmp_path / "run", *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "generate", stop_in_the_third_batch)
+        stopped.answer(trainer, "before", False, samples)
+    (file,) = (tmp_path / "run/evaluation").iterdir()
+    kept = evaluate.read_answers(file, [(row["question"], row["gold"]) for row in wanted])
+    assert made == [4, 4] and kept == wanted[:8]
+
+    def count(trainer, prompts, greedy):
+        made.append(len(prompts))
+        return generate(trainer, prompts, greedy)
+
+    resumed, trainer = build(tmp_path / "run", *flags)
+    monkeypatch.setattr(evaluate, "generate", count)
+    assert resumed.answer(trainer, "before", False, samples) == wanted
+    assert sum(made) == total
+
+
+def test_answers_to_fewer_questions_are_kept_when_more_are_asked(tmp_path):
+    few, trainer = build(tmp_path, "--eval_samples", "5")
+    first = few.evaluate(trainer, "before_zero_shot", one_shot=False)
+    (file,) = (tmp_path / "evaluation").iterdir()
+    more, trainer = build(tmp_path)
+    rows = more.evaluate(trainer, "before_zero_shot", one_shot=False)
+    assert rows[:5] == first and len(rows) == 12
+    file.write_bytes(file.read_bytes()[:-100])  # cut off: measured again, the same
+    again, trainer = build(tmp_path)
+    assert again.evaluate(trainer, "before_zero_shot", one_shot=False) == rows
+
+
+def test_samples_of_a_question_are_one_group():
+    """Two questions, four samples each: 1 and 3 of them right."""
+    right = [True, False, False, False, True, True, True, False]
+    rows = [{"strict_accuracy": r, "lenient_accuracy": True} for r in right]
+    found = summarize_samples(rows, 4)
+    pairs = [0.5, 1.0]  # with one right of four, half of all pairs hold it
+    for k, values in {1: [0.25, 0.75], 2: pairs, 4: [1.0, 1.0]}.items():
+        cell = found["strict_accuracy"][k]
+        assert cell["value"] == pytest.approx(statistics.fmean(values)) and cell["n"] == 4
+        error = statistics.pstdev(values) / 2**0.5
+        assert cell["low"] == pytest.approx(max(0.0, cell["value"] - 1.96 * error))
+        assert cell["high"] == pytest.approx(min(1.0, cell["value"] + 1.96 * error))
+        assert found["lenient_accuracy"][k]["value"] == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_pass_at_k_is_the_share_of_choices_with_a_right_answer(n):
     for right, k in itertools.product(range(n + 1), range(1, n + 1)):
         choices = list(itertools.combinations([True] * right + [False] * (n - right), k))
-        assert pass_at(k, n, right) == pytest.approx(sum(map(any, choices)) / len(choices))
+        assert pass_at_k(k, n, right) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
 def test_sampled_answers_are_counted_by_question(tmp_path):
@@ -199,17 +272,15 @@ def test_sampled_answers_are_counted_by_question(tmp_path):
 
 
 def test_the_sentence_on_pass_at_k():
-    untrained, trained = ({1: 0.5, 2: 0.6, 4: 0.7}, {1: 0.55, 2: 0.58, 4: 0.6})
-    for base, words in (
-        (untrained, "2 samples"),
-        (trained, "one too"),
-        ({1: 0.1, 4: 0.2}, "4 not"),
-    ):
+    untrained = {1: 0.5, 2: 0.6, 4: 0.7}
+    trained = {1: 0.55, 2: 0.58, 4: 0.6}
+    weak = {1: 0.1, 4: 0.2}
+    for base, words in ((untrained, "2 samples"), (trained, "one too"), (weak, "4 not")):
         passed = {
             name: {"lenient_accuracy": {k: {"value": v} for k, v in shares.items()}}
             for name, shares in (("before", base), ("after", trained))
         }
-        said = sharpening(passed)
+        said = pass_at_k.explain(passed)
         assert words in said and "55.0%" in said and "60.0%" in said and f"{base[4]:.1%}" in said
 
 
@@ -218,7 +289,7 @@ def report(out, **measured: list[dict]) -> dict:
     args, model_args = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(out)])
     rows = grpo_demo.get_gsm8k_questions("test", "assets/tiny")
     evaluation = Evaluation(args, model_args.model_name_or_path, rows, grpo_demo.make_prompt)
-    evaluation.measured = measured
+    evaluation.answers = measured
     result = evaluation.report()
     assert json.loads((out / "evaluation.json").read_text()) == result
     return result
@@ -230,20 +301,21 @@ def test_report_and_its_sentences(tmp_path, trained):
     rows = {"before_zero_shot": zero, "before_one_shot": one, f"after_{trained}": after}
     result = report(tmp_path, **rows)
     before, control = (zero, one) if trained == "zero_shot" else (one, zero)
-    expected = verdict(before=before, control=control, after=after)
+    expected = decide(before=before, control=control, after=after)
     assert {key: result[key] for key in expected} == expected
-    gains, after_name = expected["gain"], f"after_{trained}"
+    gains = expected["gain"]
+    after_name = f"after_{trained}"
 
     def went(column: str) -> list[float]:
         names = (f"before_{trained}", after_name)
         shares = [result["measurements"][name][column]["value"] for name in names]
-        return [*shares, *gains[column]]
+        return [*shares, *numbers(gains[column])]
 
     measured_after = result["measurements"][after_name]["lenient_accuracy"]["value"]
     shot = result["measurements"]["before_one_shot"]["strict_accuracy"]["value"]
     wanted = [
         [*went("strict_accuracy"), shot],
-        [share(zero, "lenient_accuracy"), measured_after, *gains["reasoning"]],
+        [share(zero, "lenient_accuracy"), measured_after, *numbers(gains["reasoning"])],
         [gains["format"], *went("soft_format"), *went("strict_format")],
     ]
     sentences = explain(result, result["measurements"])
@@ -256,10 +328,8 @@ def test_report_and_its_sentences(tmp_path, trained):
 def test_without_training_there_is_no_verdict(tmp_path):
     result = report(tmp_path, zero_shot=planted(0.1, 0.6, 1), one_shot=planted(0.7, 0.6, 2))
     assert list(result) == ["settings", "measurements"]
-    assert {name: list(m) for name, m in result["measurements"].items()} == {
-        "zero_shot": COLUMNS,
-        "one_shot": COLUMNS,
-    }
+    figures = {name: list(measured) for name, measured in result["measurements"].items()}
+    assert figures == {"zero_shot": MEASURES, "one_shot": MEASURES}
 
 
 # --- records that must agree

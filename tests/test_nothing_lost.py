@@ -15,13 +15,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from assets.claim import is_complete
 from conftest import LAPTOP, ROOT, TWO, Job, command, history, note, run, series, wandb_rows
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 import grpo_demo
 from assets import keep
-from assets.claim import is_complete
 from assets.research.record import collect
 
 SMALL = (

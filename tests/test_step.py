@@ -24,9 +24,14 @@ from conftest import LAPTOP, ROOT, TWO
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import grpo_demo
+from rewards import REWARD_FUNCS
 
 torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
-STEPS, GROUP, BETA, PEAK, TINY = 5, 4, 0.04, 2.8e-4, "assets/tiny"
+STEPS = 5
+GROUP = 4
+BETA = 0.04
+PEAK = 2.8e-4  # learning rate
+TINY = "assets/tiny"
 ANSWERS = [  # completions are fixed; the gold answer is 20; n is the prompt's own number
     "<reasoning>\n{n}\n</reasoning>\n<answer>\n20\n</answer>\n",
     "{n} and {n}. The answer is 20.",
@@ -130,7 +135,8 @@ class FixedTrainer(grpo_demo.GRPOTrainer):
 
     def _calculate_rewards(self, *args):
         rewards = super()._calculate_rewards(*args)
-        self.batches += ((*self.batch, tuple(rewards.sum(1).tolist())),)
+        five = rewards[:, : len(REWARD_FUNCS)]  # the sixth column is only logged
+        self.batches += ((*self.batch, tuple(five.sum(1).tolist())),)
         return rewards
 
 
@@ -160,7 +166,7 @@ def train(out: object, *flags: object) -> tuple[tuple, list[dict]]:
     rows = grpo_demo.get_gsm8k_questions("train", TINY).map(lambda row: {"answer": "20"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo_demo, "GRPOTrainer", FixedTrainer)
-        trainer = grpo_demo.build_trainer(args, model_args, rows)
+        trainer = grpo_demo.prepare_trainer(args, model_args, rows)
     keep = Keep()
     trainer.add_callback(keep)
     trainer.train()
