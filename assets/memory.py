@@ -14,9 +14,11 @@ allocator holds but cannot use, and the evaluation's one-shot example: a tenth o
 free for them. 1 GB is 10^9 bytes, for tensors and for cards.
 """
 
+import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 from weakref import finalize
@@ -253,6 +255,5 @@ def report(args: GRPOConfig, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    from grpo_demo import main
-
-    main(["--estimate_memory", *sys.argv[1:]])
+    sys.argv[:1] = ["grpo_demo.py", "--estimate_memory"]
+    runpy.run_path(str(Path(__file__).parents[1] / "grpo_demo.py"), run_name="__main__")

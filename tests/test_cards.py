@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 from assets import memory
 from grpo_demo import parse_args
 
-FILES = sorted((ROOT / "assets/cards").iterdir())
+FILES = sorted((ROOT / "assets/cards").glob("*.yaml"))
 HERE = ["--use_cpu", "True", "--use_vllm", "False"]  # the tests have no GPU and no vLLM
 MEMORY = {"use_peft", "dtype", "bf16", "fp16", "gradient_checkpointing"}
 MEMORY |= {"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"}
