@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from assets.research.record import RUNS, environment
+from assets.research.record import RUNS, environment, moved
 from assets.research.tables import ROOT, read_lines
 
 TINY = ROOT / "assets/tiny"
@@ -81,7 +81,7 @@ def run_one(name: str, flags: str, seed: int, data: str) -> dict:
         (state,) = out.glob("checkpoint-*/trainer_state.json")
         log = [step for step in json.loads(state.read_text())["log_history"] if "reward" in step]
         evaluation = json.loads((out / "evaluation.json").read_text())
-        weights_moved = moved(out)
+        weights_moved = moved(TINY, out)
     measured = evaluation["measurements"]
     return {
         "change": name,
@@ -96,18 +96,6 @@ def run_one(name: str, flags: str, seed: int, data: str) -> dict:
         # without beta there is no kl
         "curve": {key: [round(step.get(key, 0.0), 4) for step in log] for key in CURVES},
     }
-
-
-def moved(out: Path) -> dict[str, float]:
-    """Return how far training moved the embedded model's weights: share changed, distance."""
-    import torch
-    from safetensors.torch import load_file
-
-    before, after = (load_file(folder / "model.safetensors") for folder in (TINY, out))
-    old = torch.cat([before[name].double().flatten() for name in before])
-    new = torch.cat([after[name].double().flatten() for name in before])
-    changed = (new != old).double().mean()
-    return {"changed": changed.item(), "distance": ((new - old).norm() / old.norm()).item()}
 
 
 def write_validation(folder: Path) -> None:

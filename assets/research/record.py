@@ -44,6 +44,9 @@ def read_wandb(file: Path) -> tuple[list[dict], dict]:
     rows = []
     environment = {}
     for record in map(json.loads, text.splitlines()):
+        if record["type"] == "stats":  # a sample each 15 seconds
+            memory = record["stats"]["item"].get("proc.memory.rssMB", 0) * 2**20 / 1e9
+            environment["peak_memory_gb"] = max(memory, environment.get("peak_memory_gb", 0))
         if record["type"] == "history":
             rows.append(record["history"]["item"])
         environment = record.get("environment", {}) | environment
@@ -74,7 +77,8 @@ def collect(out: Path) -> Log:
                 steps[step]["runtime"] = clock
                 timed[step] = waiting
                 waiting = []
-        started = environment | started
+        peak = max(environment.get("peak_memory_gb", 0), started.get("peak_memory_gb", 0))
+        started = environment | started | {"peak_memory_gb": round(peak, 2)}
     timers: dict[str, list[float]] = {}
     for key, seconds in itertools.chain(*timed.values()):
         timers.setdefault(key.split("GRPOTrainer.")[1], []).append(round(seconds, 6))
@@ -186,6 +190,21 @@ def environment() -> dict:
     return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
 
 
+def moved(before: Path, after: Path) -> dict[str, float]:
+    """Return how far training moved the weights of a model folder: share changed, distance."""
+    from safetensors import safe_open
+
+    changed, count, squares, length = 0, 0, 0.0, 0.0
+    folders = [safe_open(folder / "model.safetensors", "pt") for folder in (before, after)]
+    for name in folders[0].keys():  # noqa: SIM118
+        old, new = (folder.get_tensor(name).double() for folder in folders)
+        changed += (old != new).sum().item()
+        count += old.numel()
+        squares += ((new - old) ** 2).sum().item()
+        length += (old**2).sum().item()
+    return {"changed": changed / count, "distance": (squares / length) ** 0.5}
+
+
 def write_record(out: Path, folder: Path) -> int:
     """Write all files of a record into `folder`; return the number of steps."""
     metrics, timers, started = collect(out)
@@ -194,9 +213,13 @@ def write_record(out: Path, folder: Path) -> int:
         "date": started.get("started_at", "")[:10],
         **environment(),
         "seconds": started["seconds"],
+        "peak_memory_gb": started["peak_memory_gb"],
         "resumed": started["resumed"],
         "settings": json.loads((out / "run.json").read_text())["settings"],
     }
+    model = Path(record["settings"]["model_name_or_path"])
+    if all((place / "model.safetensors").exists() for place in (model, out)):
+        record["moved"] = moved(model, out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [json.dumps(step, sort_keys=True) + "\n" for step in metrics]
