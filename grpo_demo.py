@@ -370,7 +370,8 @@ def prepare_trainer(
 ) -> GRPOTrainer:
     """Load the model and build the trainer; UserError for what does not load or fit together."""
     name = model_args.model_name_or_path
-    with as_user_error(f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"):
+    where = f"{name!r} (a hub id, or a folder in {os.getcwd()})"
+    with as_user_error(f"cannot load model {where}", ImportError):  # a package is missing
         model, tokenizer = load_model(args, model_args)
     with as_user_error("TRL refuses these settings"):
         settings.check_prompts(args, model, tokenizer, rows)

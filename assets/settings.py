@@ -4,6 +4,7 @@ What libraries refuse when the command line is read is left to them.
 """
 
 import argparse
+import json
 import math
 import os
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import TrlParser
 
 from assets.common import UserError, as_user_error, print_error
+from rewards import REWARD_FUNCS
 
 NOT_SUPPORTED = {
     "trust_remote_code": "the script runs no code from a model's repository",
@@ -91,8 +93,8 @@ class Parser(TrlParser):
     def __init__(self, configs: list[type], description: str):
         usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
         texts = {"usage": usage, "description": description, "formatter_class": Help}
-        types = [pair for config in configs for pair in get_type_hints(config).items()]
-        self.optional = {name for name, kind in types if "None" in str(kind)}
+        hints = [pair for config in configs for pair in get_type_hints(config).items()]
+        self.hints = {name: str(hint) for name, hint in hints}
         super().__init__(configs, allow_abbrev=False, **texts)
 
     def parse_args_and_config(self, args: list[str]) -> tuple:
@@ -129,12 +131,15 @@ class Parser(TrlParser):
         for name, value in settings.items():
             if name not in actions:
                 self.unknown("key in the YAML file:", name)
-            action = actions[name]
-            if value is None and name not in self.optional:
-                self.error(f"{name}: null is no value for it")
-            if isinstance(value, list) and action.nargs:
-                settings[name] = [action.type(str(item)) for item in value]
-            elif not isinstance(value, dict | list) and value is not None:
+            action, hint = actions[name], self.hints.get(name, "")
+            kind = {type(None): "None", list: "list", dict: "dict"}.get(type(value), "")
+            if kind not in hint or (kind == "None" and name in NOT_EMPTY.split()):
+                self.error(f"{name}: {json.dumps(value)} is no value for it")
+            if action.nargs == "+" and value is not None:
+                with as_user_error(name):
+                    items = value if isinstance(value, list) else [value]
+                    settings[name] = [action.type(str(item)) for item in items]
+            elif not kind:
                 settings[name] = str(value)  # argparse converts a default that is a text
         return super().set_defaults_with_config(**settings)
 
@@ -173,8 +178,9 @@ def check_values(args: object) -> None:
     for name in NOT_EMPTY.split():
         if getattr(args, name, None) == "":
             raise UserError(f"--{name} is empty")
-    if not all(map(math.isfinite, getattr(args, "reward_weights", None) or [])):
-        raise UserError(f"--reward_weights {args.reward_weights}: they must be finite")
+    five, weights = len(REWARD_FUNCS), getattr(args, "reward_weights", None) or []
+    if weights and (len(weights) != five or not all(map(math.isfinite, weights))):
+        raise UserError(f"--reward_weights {weights}: there must be {five}, all finite")
 
 
 def check_tools(args: trl.GRPOConfig) -> None:

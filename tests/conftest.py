@@ -26,6 +26,7 @@ TWO = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
     *("--main_process_port", "0"),
 )
+COMPARED = {"train/loss", "train/kl", "train/accuracy/strict", "train/accuracy/lenient"}
 FORKS = multiprocessing.get_context("forkserver")  # one import, a fork for each run
 FORKS.set_forkserver_preload(["grpo_demo"])
 
@@ -123,3 +124,20 @@ def wandb_rows(output_dir: Path) -> list[dict]:
 
 def series(rows: list[dict], name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
+
+
+def check_steps(rows: list[dict], steps: int) -> None:
+    """Check that steps 1 to `steps` are all logged; a step that is logged again is the same one.
+
+    A run that resumes after a kill trains the steps since its last checkpoint again, and logs them
+    under the same `train/global_step`. Their times differ, nothing else does.
+    """
+    logged = [row for row in rows if "train/reward" in row]
+    first: dict[int, dict] = {}
+    for row in logged:
+        seen = first.setdefault(row["train/global_step"], row)
+        assert seen.keys() >= COMPARED and row.keys() >= COMPARED
+        names = [name for name in row if name.startswith(("train/reward", *COMPARED))]
+        assert {name: row[name] for name in names} == {name: seen[name] for name in names}
+    assert sorted(first) == list(range(1, steps + 1))
+    print(f"{len(logged) - steps} of {steps} steps logged again")

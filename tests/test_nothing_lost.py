@@ -15,14 +15,26 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from assets.claim import is_complete
-from conftest import LAPTOP, ROOT, TWO, Job, command, history, note, run, series, wandb_rows
+from conftest import (
+    LAPTOP,
+    ROOT,
+    TWO,
+    Job,
+    check_steps,
+    command,
+    history,
+    note,
+    run,
+    series,
+    wandb_rows,
+)
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 import grpo_demo
-from assets import keep
 from assets.research.record import collect
+from assets.resume import is_complete
+from assets.terminal import Health
 
 SMALL = (
     *(*LAPTOP, "--per_device_train_batch_size", 16, "--num_generations", 4),
@@ -32,6 +44,7 @@ STEPS = 14
 FLAGS = (*SMALL, "--max_steps", STEPS, "--save_steps", 1)
 BRIEF = (*SMALL, "--evaluate", "False", "--save_strategy", "no")
 KILLS = int(os.environ.get("KILLS", 6))
+MEASURED = ["before_zero_shot", "before_one_shot", "after_zero_shot"]
 
 
 def same(a: Path, b: Path, name: str = "model.safetensors") -> bool:
@@ -42,12 +55,11 @@ def same(a: Path, b: Path, name: str = "model.safetensors") -> bool:
     return weights and figures[0] == figures[1]
 
 
-def steps_in_wandb(out: Path) -> list[int]:
-    """Return the steps logged in the W&B files of all lives of a run, which share one run id."""
+def check_wandb(out: Path, steps: int) -> None:
+    """Check that every step is in the W&B files, and that a repeated step has the same values."""
     files = sorted(out.glob("wandb/*run-*/*.wandb"))
-    assert len({f.name for f in files}) == 1
-    rows = [row for file in files for row in history(file)]
-    return [row["train/global_step"] for row in rows if "train/reward" in row]
+    assert len({f.name for f in files}) == 1  # all lives of a run share its id
+    check_steps([row for file in files for row in history(file)], steps)
 
 
 def wait_for(out: Path, pattern: str, job: Job) -> None:
@@ -92,27 +104,55 @@ def test_killed_many_times_it_ends_the_same(whole, tmp_path):
     print(f"killed {kills} times, {while_writing} of them while a checkpoint was being written")
     assert kills >= KILLS and while_writing >= 1 and done.returncode == 0
     assert same(whole, out)
-    assert steps_in_wandb(out) == list(range(1, STEPS + 1))
+    check_wandb(out, STEPS)
     note(f"SIGKILL, {while_writing} of them while a checkpoint was written", kills, kills, 0)
 
 
-@pytest.mark.parametrize("stage", ["before_zero_shot", "before_one_shot", "after_zero_shot"])
-def test_killed_in_an_evaluation_it_ends_the_same(whole, tmp_path, stage):
-    out, slow = tmp_path / "run", ("--per_device_eval_batch_size", 1)
-    if stage == "after_zero_shot":  # begin at the last checkpoint
-        shutil.copytree(whole, out, symlinks=True, ignore=shutil.ignore_patterns("after*", "*.st"))
+# Two questions a batch, and two sampled answers a question: 8 and 16 batches each time
+BATCHES = ("--per_device_eval_batch_size", 2, "--eval_generations", 2)
+ANSWERS = [f"{when}{kind}" for when in MEASURED for kind in ("", "_sampled")]
+
+
+@pytest.fixture(scope="module")
+def sampled(whole, tmp_path_factory):
+    """The uninterrupted run with sampled answers in its evaluations, made from `whole`."""
+    out = tmp_path_factory.mktemp("sampled") / "run"
+    shutil.copytree(whole, out, symlinks=True, ignore=shutil.ignore_patterns("evaluation*"))
+    unfinish(out)
+    done = run(*FLAGS, *BATCHES, "--output_dir", out)
+    assert done.returncode == 0 and same(whole, out), done.stderr[-2000:]
+    return out
+
+
+@pytest.mark.parametrize("stage", ["before_zero_shot", "before_one_shot_sampled", *ANSWERS[4:]])
+def test_killed_in_an_evaluation_it_goes_on_from_the_kept_answers(sampled, tmp_path, stage):
+    """The first stage begins a new run, the others begin at its last checkpoint."""
+    out, total = tmp_path / "run", 32 if stage.endswith("sampled") else 16
+    done_before = ANSWERS[: ANSWERS.index(stage)]
+    if done_before:
+        shutil.copytree(sampled, out, symlinks=True)
+        for name in ANSWERS[len(done_before) :]:
+            (out / f"evaluation/{name}.parquet").unlink()
+        (out / "evaluation.json").unlink()
         unfinish(out)
-    job = Job(*FLAGS, *slow, "--output_dir", out)
-    order = ["before_zero_shot", "before_one_shot", "after_zero_shot"]
-    begun = ["run.json", "evaluation/before_zero_shot.parquet", "model.safetensors"]
-    wait_for(out, begun[order.index(stage)], job)
-    time.sleep(0.2)
+    job = Job(*FLAGS, *BATCHES, "--output_dir", out)
+    wait_for(out, f"evaluation/{stage}.parquet", job)
     os.kill(job.pid, signal.SIGKILL)
     assert job.wait().returncode == -signal.SIGKILL
-    kept = {f.stem for f in out.glob("evaluation/*.parquet")}
-    assert kept == set(order[: order.index(stage)])
-    done = run(*FLAGS, "--output_dir", out)
-    assert done.returncode == 0 and same(whole, out), done.stderr[-2000:]
+    assert {f.stem for f in out.glob("evaluation/*.parquet")} == {*done_before, stage}
+    kept = pd.read_parquet(out / f"evaluation/{stage}.parquet")
+    assert 0 < len(kept) < total
+    done = run(*FLAGS, *BATCHES, "--output_dir", out)
+    assert done.returncode == 0 and same(sampled, out), done.stderr[-2000:]
+    kind = "sample" if stage.endswith("sampled") else "evaluate"
+    rest = f"{kind} {stage.removesuffix('_sampled')}: {total - len(kept)} answers in"
+    assert rest in done.stdout  # the others are not generated again
+    answers = {
+        name: [pd.read_parquet(f / f"evaluation/{name}.parquet") for f in (sampled, out)]
+        for name in ANSWERS
+    }
+    assert all(wanted.equals(found) for wanted, found in answers.values())
+    assert kept.equals(answers[stage][1][: len(kept)])
     note(f"SIGKILL in the evaluation {stage}", 1, 1, 0)
 
 
@@ -136,7 +176,8 @@ def test_signals_save_first(whole, tmp_path, number, status):
     assert (out / f"checkpoint-{step}" / "trainer_state.json").exists() and 1 <= step < STEPS
     done = run(*flags)
     assert done.returncode == 0 and f"resuming from {out}/checkpoint-{step}" in done.stdout
-    assert same(whole, out) and steps_in_wandb(out) == list(range(1, STEPS + 1))
+    assert same(whole, out)
+    check_wandb(out, STEPS)
     (sync,) = [line for line in done.stdout.splitlines() if line.startswith("wandb sync ")]
     assert len(sync.split("--include-online ")[1].split()) == 2
     metrics, _, started = collect(out)  # the record of such a run has one clock
@@ -409,17 +450,8 @@ def test_no_secret_is_written(tmp_path):
 
 
 def test_silent_failures_speak(tmp_path):
-    flags = (
-        *BRIEF,
-        "--per_device_train_batch_size",
-        8,
-        "--max_completion_length",
-        6,
-        "--max_steps",
-        52,
-        "--output_dir",
-        tmp_path / "a",
-    )
+    short = ("--per_device_train_batch_size", 8, "--max_completion_length", 6, "--max_steps", 52)
+    flags = (*BRIEF, *short, "--output_dir", tmp_path / "a")
     done = run(*flags, "--reward_weights", 0, 0, 0, 0, 0)
     assert done.returncode == 0, done.stderr[-2000:]
     for text in ("reward variance", "most completions are cut off", "format rewards are still 0"):
@@ -439,18 +471,19 @@ def test_what_is_not_finite_stops_the_run_unsaved(tmp_path, rate):
     assert all(value.isfinite().all() for value in kept.values())
 
 
-def test_steps_that_fp16_skips_do_not_end_the_run_at_once(tmp_path):
+def test_steps_that_fp16_skips_do_not_end_the_run_at_once():
     """GradScaler skips a step that overflows and lowers its scale; 20 in a row are many."""
     args, _ = grpo_demo.parse_args([*LAPTOP])
     logs = {"reward": 1.0, "loss": 0.1, "frac_reward_zero_std": 0, "completions/clipped_ratio": 0}
     for args.fp16, patience in ((True, 20), (False, 0)):
-        args.output_dir = str(tmp_path / str(args.fp16))
-        kept, state, control = keep.Run(args, {}), TrainerState(), TrainerControl()
+        health = Health()
+        state = TrainerState()
+        control = TrainerControl()
         for overflow in [True] * 3 * args.fp16 + [False] + [True] * patience:
             norm = {"grad_norm": float("inf") if overflow else 0.5}
-            kept.on_log(args, state, control, logs=logs | norm)
+            health.on_log(args, state, control, logs=logs | norm)
             assert not control.should_training_stop
-        kept.on_log(args, state, control, logs=logs | {"grad_norm": float("nan")})
+        health.on_log(args, state, control, logs=logs | {"grad_norm": float("nan")})
         assert control.should_training_stop
 
 
@@ -472,7 +505,8 @@ def test_a_process_that_dies_takes_the_run_down_and_it_resumes(tmp_path):
     assert process.returncode != 0 and time.time() - killed < 60
     done = command(*flags, launcher=TWO)
     assert done.returncode == 0 and done.stdout.count("resuming from") == 1, done.stderr[-2000:]
-    assert (out / "model.safetensors").exists() and steps_in_wandb(out) == list(range(1, 7))
+    assert (out / "model.safetensors").exists()
+    check_wandb(out, 6)
     note("one of two processes killed", 1, 1, 0)
 
 
@@ -489,5 +523,5 @@ def test_a_wandb_server_that_fails(servers, mode):
     listed = subprocess.run(printed, capture_output=True, text=True)
     assert listed.returncode == 0 and "Skipped" not in listed.stdout + listed.stderr
     assert "Would sync 1 run" in listed.stdout + listed.stderr
-    assert steps_in_wandb(out) == [1, 2, 3, 4]
+    check_wandb(out, 4)
     note(SERVERS[mode], 1, 1, 0)

@@ -1,7 +1,9 @@
 """The gist's settings, pinned; constants, YAML and flags; errors in settings."""
 
 import dataclasses
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,11 @@ from conftest import LAPTOP, ROOT, command
 from trl import GRPOConfig
 
 import grpo_demo
-from assets import keep
-from grpo_demo import DemoConfig, UserError, parse_args
+from assets.common import UserError
+from assets.settings import FIXED_OPTIONS
+from grpo_demo import DemoConfig, parse_args
 
+QUICK = ("--max_steps", "1", "--eval_samples", "4")  # what is not refused ends soon
 GIST = {  # the gist's settings, in TRL 1.16's names
     "learning_rate": 5e-6,
     "adam_beta1": 0.9,
@@ -132,11 +136,17 @@ def test_flags_over_yaml_over_constants(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--learning_rat", "1"], "--learning_rat"),
+        (["--learning_rat", "1"], "--learning_rat; did you mean learning_rate"),
+        (["--max-prompt-lenght", "1"], "--max-prompt-lenght; did you mean max_prompt_length"),
         (["--learning", "1"], "--learning"),  # no abbreviations
+        (["--xyzzy", "1"], "--xyzzy; --help"),  # near no other
         (["--beta", "much"], "--beta"),
         (["--config"], "--config"),
-        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--config=nowhere.yaml"], "No such file or directory.*nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "No such file or directory.*nowhere.yaml"),
+        (["--config", "assets"], "Is a directory.*assets"),
+        ([*LAPTOP, *LAPTOP], "--config can be given once"),
+        ([*LAPTOP, "--config=assets/tiny/config.yaml"], "--config can be given once"),
         (["--gradient_accumulation_steps", "1"], "num_generations"),
         (["--trust_remote_code"], "trust_remote_code"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint"),
@@ -151,7 +161,11 @@ def test_wrong_flags_are_named(flags, named):
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("learning_rat: 1\n", "learning_rat"), ("- a\n", "mapping"), ("a: [\n", "settings")],
+    [
+        ("learning_rat: 1\n", "learning_rat; did you mean learning_rate"),
+        ("- a\n", "mapping"),
+        ("a: [\n", "settings"),
+    ],
 )
 def test_wrong_yaml_is_named(tmp_path, text, named):
     (tmp_path / "bad.yaml").write_text(text)
@@ -186,8 +200,16 @@ def test_a_card_without_bf16(monkeypatch):
 
 def check_one_line_and_no_file(errors: str, named: str, out: Path) -> None:
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert named in line and "Traceback" not in errors
+    assert named in line and "Traceback" not in errors and len(line) < 900
     assert not any(path.is_file() for path in out.rglob("*"))
+
+
+def refuse(argv: list[str], named: str, out: Path, capsys) -> None:
+    """Run the script; check that it ends with status 2, one line that has `named`, and no file."""
+    with pytest.raises(SystemExit) as stopped:
+        grpo_demo.main([*LAPTOP, *QUICK, *argv])
+    assert stopped.value.code == 2
+    check_one_line_and_no_file(capsys.readouterr().err, named, out)
 
 
 WRONG = """
@@ -240,16 +262,22 @@ WRONG = """
     --top_k -1
     --min_p 2
     --repetition_penalty 0
-    --generation_kwargs {"temperature":0}
-    --generation_kwargs {"temprature":1}
+    --generation_kwargs '{"temperature":0}'
+    --generation_kwargs '{"temperature":"hot"}'
+    --generation_kwargs '{"temprature":1}'
     --generation_kwargs [
+    --generation_kwargs 3
+    --generation_kwargs '[1]'
     --cache_implementation foo
     --epsilon -1
     --loss_type foo
     --scale_rewards foo
     --importance_sampling_level foo
     --reward_weights 1 1
+    --reward_weights 1 1 1 1 1 1
     --reward_weights a
+    --reward_weights nan 1 1 1 1
+    --reward_weights 1 inf 1 1 1
     --optim foo
     --optim adamw_bnb_8bit
     --optim galore_adamw
@@ -285,6 +313,10 @@ WRONG = """
     --push_to_hub
     --hub_token x
     --auto_find_batch_size
+    --model_name_or_path ''
+    --dataset_name ''
+    --output_dir ''
+    --run_name ''
     --model_name_or_path nobody/nothing
     --model_name_or_path /no/where
     --model_name_or_path assets/research/runs
@@ -305,20 +337,116 @@ WRONG = """
 """.strip().splitlines()
 
 
+SAID = {  # by libraries, in other words than the flag
+    "--num_generations 1": "at least 2 generations",
+    "--per_device_train_batch_size 4": "generation_batch_size (4)",
+    "--attn_implementation flash_attention_2": "FlashAttention2",
+    "--load_in_4bit --load_in_8bit": "8 bit and 4 bit",
+    "--load_in_4bit": "bitsandbytes",
+}
+OPTIONS = {"do_sample": False}  # of generation, each with a value that is none of its defaults
+FIXED = [
+    f"--generation_kwargs '{json.dumps({name: OPTIONS.get(name, 2)})}'" for name in FIXED_OPTIONS
+]
+
+
 @pytest.mark.parametrize(
-    "flags", [*WRONG, f"--output_dir {'x' * 300}"], ids=lambda f: f.strip()[:60]
+    "flags", [*WRONG, *FIXED, f"--output_dir {'x' * 300}"], ids=lambda f: f.strip()[:60]
 )
-def test_wrong_input_is_one_line_with_its_name_and_status_2(tmp_path, monkeypatch, capsys, flags):
-    monkeypatch.setattr(keep.Run, "begun", False)
+def test_wrong_input_is_one_line_with_its_name_and_status_2(tmp_path, capsys, flags):
     tracked = subprocess.check_output(["git", "status", "--short"], cwd=ROOT)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stopped:
-        grpo_demo.main([*LAPTOP, "--output_dir", str(out), *flags.split()])
+        grpo_demo.main([*LAPTOP, *QUICK, "--output_dir", str(out), *shlex.split(flags)])
     errors = capsys.readouterr().err
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert stopped.value.code == 2 and "Traceback" not in errors and "shows where" not in line
+    names = [part.removeprefix("--") for part in shlex.split(flags) if part.startswith("--")]
+    values = [part for part in shlex.split(flags) if len(part) > 3 and not part.startswith("-")]
+    assert any(text in line for text in [SAID.get(flags.strip()), *names, *values] if text)
     assert len(line) < 900 and not any(path.is_file() for path in out.rglob("*"))
     assert tracked == subprocess.check_output(["git", "status", "--short"], cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "beta: null",
+        "max_grad_norm: null",
+        "temperature: null",
+        "evaluate: null",
+        "model_name_or_path: null",
+        "output_dir: ''",
+        "top_k: 5.5",
+        "max_completion_length: 4.5",
+        "save_total_limit: 1.5",
+        "max_steps: 2.5",
+        "eval_samples: 8.5",
+        "eval_samples: true",
+        "evaluate: 2",
+        "learning_rate: true",
+        "learning_rate: [1e-5]",
+        "beta: {a: 1}",
+        "bf16: maybe",
+        "reward_weights: [a, 1, 1, 1, 1]",
+        "reward_weights: [null, 1, 1, 1, 1]",
+        "reward_weights: 1",  # one, as with a flag
+        "reward_weights: [[1], 1, 1, 1, 1]",
+        "generation_kwargs: [1]",
+        "generation_kwargs: 3",
+        "loss_type: [grpo]",
+        "run_name: [a]",
+        "report_to: {a: 1}",
+    ],
+)
+def test_a_value_in_yaml_is_as_strict_as_a_flag(tmp_path, capsys, text):
+    """The laptop's file with one line more, which counts if a key is there twice."""
+    file = tmp_path / "mine.yaml"
+    quick = f"max_steps: 1\neval_samples: 4\noutput_dir: {tmp_path / 'out'}\n"
+    file.write_text(Path(LAPTOP[1]).read_text() + quick + text)
+    with pytest.raises(SystemExit) as stopped:
+        grpo_demo.main(["--config", str(file)])
+    assert stopped.value.code == 2
+    check_one_line_and_no_file(capsys.readouterr().err, text.split(":")[0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_values_in_yaml_become_what_flags_become(tmp_path):
+    lines = {
+        "run_name": "2024-01-01",  # a date, for YAML
+        "learning_rate": "1e-5",  # a text, for YAML
+        "beta": "0",
+        "save_total_limit": "null",
+        "evaluate": "no",
+        "report_to": "none",
+        "reward_weights": "[1, 2, 3, 4, 5]",
+        "lora_target_modules": "[q_proj, v_proj]",
+        "generation_kwargs": "{temperature: 0.5}",
+        "scale_rewards": "batch",
+        "project": "7",
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    args, model_args = parse_args(["--use_cpu", "--config", str(file)])
+    found = {name: getattr(args, name, None) for name in lines}
+    found["lora_target_modules"] = model_args.lora_target_modules
+    wanted = {
+        "run_name": "2024-01-01",
+        "learning_rate": 1e-5,
+        "beta": 0.0,
+        "save_total_limit": None,
+        "evaluate": False,
+        "report_to": [],
+        "reward_weights": [1.0, 2.0, 3.0, 4.0, 5.0],
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "generation_kwargs": {"temperature": 0.5},
+        "scale_rewards": "batch",
+        "project": "7",
+    }
+    assert found == wanted
+    assert {name: type(value) for name, value in found.items()} == {
+        name: type(value) for name, value in wanted.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -329,18 +457,14 @@ def test_wrong_input_is_one_line_with_its_name_and_status_2(tmp_path, monkeypatc
 def test_wrong_environment_is_one_line(tmp_path, monkeypatch, capsys, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as stopped:
-        grpo_demo.main([*LAPTOP, "--output_dir", str(tmp_path / "out")])
-    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
-    check_one_line_and_no_file(capsys.readouterr().err, "W&B", tmp_path / "out")
+    out = tmp_path / "out"
+    refuse(["--output_dir", str(out)], "W&B", out, capsys)
+    assert not out.exists()
 
 
 def test_an_output_directory_that_is_a_dangling_link(tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(SystemExit) as stopped:
-        grpo_demo.main([*LAPTOP, "--output_dir", str(tmp_path / "link")])
-    assert stopped.value.code == 2
-    check_one_line_and_no_file(capsys.readouterr().err, "link", tmp_path)
+    refuse(["--output_dir", str(tmp_path / "link")], "link", tmp_path, capsys)
 
 
 def test_a_misspelt_flag_is_named_before_the_missing_gpu(tmp_path, monkeypatch):
