@@ -36,10 +36,12 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
     need. Greedy decoding takes no random numbers; else answers are sampled as in training.
 
     Returns a dict per prompt, in order and on every process: `completion` (text), `tokens` (with
-    the token that ends the text) and `truncated` (no end within the limit).
+    the token that ends the text), `truncated` (no end within the limit), `stray` (a special token
+    before the end, or None).
     """
     tokenizer, accelerator, answers = trainer.processing_class, trainer.accelerator, []
     backend = generate_with_vllm if trainer.use_vllm else generate_with_transformers
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     extra = -len(prompts) % accelerator.num_processes
     trainer.model.eval()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
@@ -52,9 +54,12 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
         )["input_ids"]
         for tokens in backend(trainer, ids, greedy):
             ends = [i for i, token in enumerate(tokens) if token in trainer.eos_token_ids]
-            text = tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True)
+            inner = tokens[: ends[0]] if ends else tokens
+            text = tokenizer.decode(inner, skip_special_tokens=True)
             length = ends[0] + 1 if ends else len(tokens)
-            answers.append({"completion": text, "tokens": length, "truncated": not ends})
+            stray = next((tokenizer.decode(token) for token in inner if token in special), None)
+            end = {"tokens": length, "truncated": not ends, "stray": stray}
+            answers.append({"completion": text, **end})
     return gather_object(answers)[: len(prompts)]
 
 
@@ -149,6 +154,10 @@ class Evaluation:
             with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
                 torch.manual_seed(args.seed + done + args.process_index)
                 made = generate(trainer, prompts, greedy=not samples)
+            strays = [token for row in made if (token := row.pop("stray", None))]
+            if strays and not done and not self.answers:  # once a run
+                what = f"{len(strays)} of {len(made)} answers go on after {strays[0]}"
+                print_error(f"warning: {what}: add it to eos_token_id in generation_config.json")
             for (question, gold), row in zip(batch, made, strict=True):
                 scores = score(row["completion"], gold)
                 answers.append({"question": question, "gold": gold, **row, **scores})
