@@ -7,9 +7,9 @@ import argparse
 import math
 import os
 import re
-from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
+from typing import get_type_hints
 
 import torch
 import trl
@@ -93,8 +93,8 @@ class Parser(TrlParser):
     def __init__(self, configs: list[type], description: str):
         usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
         texts = {"usage": usage, "description": description, "formatter_class": Help}
-        known = [field for config in configs for field in fields(config)]
-        self.optional = {f.name for f in known if "None" in str(f.type)}  # transformers drops it
+        types = [pair for config in configs for pair in get_type_hints(config).items()]
+        self.optional = {name for name, kind in types if "None" in str(kind)}
         super().__init__(configs, allow_abbrev=False, **texts)
 
     def parse_args_and_config(self, args: list[str]) -> tuple:
