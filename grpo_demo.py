@@ -30,6 +30,7 @@ The training step matches the gist's on TRL 0.14. These differences change what 
  4. sdpa attention if flash-attn is not installed; the gist required flash-attn.
 """
 
+import gzip
 import json
 import logging
 import os
@@ -38,7 +39,6 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
@@ -46,7 +46,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -59,12 +59,11 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
-
 from yaml import YAMLError
 
 import rewards
 from assets import resume, settings, terminal, wandb_run
-from assets.common import UserError, as_user_error, print_error, print_once
+from assets.common import UserError, as_user_error, first_process, print_error, print_once
 from assets.evaluate import Evaluation, write_card
 
 # Model and data
@@ -182,6 +181,8 @@ class DemoConfig(GRPOConfig):
     def __post_init__(self):
         """Refuse what TRL and transformers would refuse less clearly, too late, or not at all."""
         self.use_cpu = self.use_cpu or self.estimate_memory
+        self.dataset_name = os.path.expanduser(self.dataset_name)
+        self.output_dir = os.path.expanduser(self.output_dir)
         settings.check_values(self)
         settings.check_gpu(self)
         super().__post_init__()
@@ -207,6 +208,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     with as_user_error("settings", TypeError, YAMLError):
         args, model_args = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)
     settings.check_values(model_args)
+    model_args.model_name_or_path = os.path.expanduser(model_args.model_name_or_path)
     return args, model_args
 
 
@@ -243,6 +245,32 @@ def parse_row(line: str | dict) -> dict[str, str]:
     return {"question": row["question"], "answer": gold}
 
 
+def read_split(name: str, config: str | None, split: str) -> Dataset | list[str]:
+    """Return the rows of a dataset on the hub or on disk; of a jsonl file its lines, as texts.
+
+    A folder may hold jsonl, jsonl.gz or parquet files, hub folders too, or what `save_to_disk`
+    wrote. A single file is the train split.
+    """
+    if not is_local(name):
+        return load_dataset(name, config, split=split)
+    path = Path(name)
+    if (path / "dataset_dict.json").exists():
+        return load_from_disk(path)[split]
+    kinds = ("{0}.jsonl", "{0}.jsonl.gz", "{0}*.parquet", "{1}/{0}*.parquet")
+    kinds = [kind.format(split, config) for kind in kinds]
+    files = [path] if path.is_file() and split == "train" else []
+    for kind in kinds:
+        files = files or sorted(path.glob(kind))
+    if not files:
+        there = ", ".join(sorted(file.name for file in path.glob("*"))[:9]) or "nothing"
+        raise FileNotFoundError(f"looked for {', '.join(kinds)}; found {there}")
+    if files[0].suffix == ".parquet":
+        return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    opened = gzip.open if files[0].suffix == ".gz" else open
+    with opened(files[0], "rt", encoding="utf-8-sig", errors="replace", newline="\n") as text:
+        return [line for line in text if line.strip()]
+
+
 def get_gsm8k_questions(
     split: str = "train",
     dataset_name: str = DATASET_NAME,
@@ -253,11 +281,7 @@ def get_gsm8k_questions(
 
     Bad rows are left out and counted in one warning. ValueError if no row is left.
     """
-    if is_local(dataset_name):
-        text = Path(dataset_name, f"{split}.jsonl").read_text("utf-8-sig", errors="replace")
-        raw = [line for line in text.split("\n") if line.strip()]
-    else:
-        raw = load_dataset(dataset_name, dataset_config, split=split)
+    raw = read_split(dataset_name, dataset_config, split)
     rows, bad = [], Counter()
     for line in raw:
         try:
@@ -331,9 +355,9 @@ def build_trainer(
 
 def load_questions(args: DemoConfig, split: str, one_shot: bool = False) -> Dataset:
     """Return a split of the dataset; UserError says where it was looked for."""
-    where = f"{args.dataset_name!r} (a hub id, or a folder with {split}.jsonl; in {os.getcwd()})"
+    where = f"{args.dataset_name!r} (a hub id, or a folder; in {os.getcwd()})"
     where += " (--evaluate False needs none)" if split == "test" else ""
-    with as_user_error(f"no split {split!r} in dataset {where}"):
+    with as_user_error(f"no split {split!r} in dataset {where}", KeyError):
         return get_gsm8k_questions(split, args.dataset_name, args.dataset_config, one_shot)
 
 
@@ -361,16 +385,18 @@ def build_evaluation(args: DemoConfig, model_args: ModelConfig) -> Evaluation:
 
 
 def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
-    """Evaluate a saved model, zero-shot and one-shot, in a new folder of the output directory."""
-    args.output_dir = str(Path(args.output_dir, f"eval-{datetime.now():%Y%m%d-%H%M%S}"))
+    """Evaluate a saved model, zero-shot and one-shot, in a folder of the output directory."""
     args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
     evaluation = build_evaluation(args, model_args)
     trainer = prepare_trainer(args, model_args, evaluation.rows)
+    config = resume.describe(args, model_args, evaluation.rows, SYSTEM_PROMPT, rewards.__file__)
+    out = Path(args.output_dir)
+    evaluation.out = first_process(lambda: resume.choose_evaluation(out, config))
     terminal.print_banner(trainer)
     evaluation.evaluate(trainer, "zero_shot", one_shot=False)
     evaluation.evaluate(trainer, "one_shot", one_shot=True)
     evaluation.report()
-    print_once(f"kept in {args.output_dir}")
+    print_once(f"kept in {evaluation.out}")
 
 
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
@@ -386,7 +412,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         trainer.create_model_card = lambda **_: write_card(args, model_args.model_name_or_path)
         trainer.add_callback(terminal.Progress(trainer, args.print_steps))
         trainer.add_callback(terminal.Health())
-        trainer.add_callback(resume.StopAndResume(args, run))
+        trainer.add_callback(resume.StopAndResume(trainer, run))
         terminal.print_banner(trainer)
         wandb_run.open_run(args, config, run.record["wandb_id"], wandb_mode)
         if evaluation:

@@ -1,18 +1,21 @@
 """Will it fit? The peak GPU memory of a training step, computed without a GPU and without weights.
 
-    python grpo_demo.py --estimate_memory                  # Qwen2.5-1.5B, the script's defaults
-    python grpo_demo.py --estimate_memory --model_name_or_path DIR --max_completion_length 512
+    python -m assets.memory                         # Qwen2.5-1.5B, the script's defaults
+    python -m assets.memory --model_name_or_path DIR --max_completion_length 512
+    python grpo_demo.py --estimate_memory [flags]   # the same
 
 Runs the real model, TRL's scoring, backward and AdamW on tensors that have a shape but no data
 (torch's FakeTensorMode), and adds up what is alive. Prompts and completions have their maximum
 length, some are padded (so sdpa uses its memory-efficient kernel), and the step is not the first.
 The reference's pass is left out: the loss' own holds more.
 
-Not counted: the CUDA context, cuBLAS workspaces, buffers inside kernels, and memory that PyTorch's
-allocator holds but cannot use. 1 GB is 10^9 bytes.
+Not counted: the CUDA context, cuBLAS workspaces, buffers inside kernels, memory that PyTorch's
+allocator holds but cannot use, and the evaluation's one-shot example. A tenth of a card
+stays free for them. 1 GB is 10^9 bytes, for tensors and for cards.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -32,7 +35,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from assets.common import UserError, as_user_error, print_once
 
-CARDS = (16, 24, 40, 80)  # GB
+CARDS = (16, 24, 48, 80)  # GB; each has settings in assets/cards
 USABLE = 0.9  # of a card: the rest is for what is not counted
 DEFAULT = "Qwen/Qwen2.5-1.5B-Instruct"  # its shape is here: no download is needed
 QWEN = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}  # Qwen2.5-1.5B
@@ -76,7 +79,6 @@ class Step:
 
     def __init__(self, config: PretrainedConfig, args: GRPOConfig, model_args: ModelConfig):
         self.args, lora = args, get_peft_config(model_args)
-        self.rows = args.per_device_train_batch_size * args.steps_per_generation  # generated
         mixed = torch.float16 if args.fp16 else torch.bfloat16
         self.autocast = lambda: torch.autocast("cpu", mixed, enabled=args.bf16 or args.fp16)
         self.accelerator = SimpleNamespace(autocast=self.autocast)  # for TRL's method, below
@@ -113,19 +115,19 @@ class Step:
         return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
 
     @torch.no_grad()
-    def prefill(self) -> None:
-        """Read the prompts of all completions of the step."""
-        batch = self.batch(self.rows, self.args.max_prompt_length)
+    def prefill(self, rows: int) -> None:
+        """Read the prompts of a generate call, one for each of its completions."""
+        batch = self.batch(rows, self.args.max_prompt_length)
         with self.autocast():
             self.cache = self.model(**batch, logits_to_keep=1).past_key_values
 
     @torch.no_grad()
-    def decode(self) -> None:
+    def decode(self, rows: int) -> None:
         """Sample the last token of all completions, when the KV cache is longest."""
         length = self.args.max_prompt_length + self.args.max_completion_length
-        batch = self.batch(self.rows, length)
+        batch = self.batch(rows, length)
         for layer in self.cache.layers:
-            rows, heads, _, size = layer.keys.shape
+            _, heads, _, size = layer.keys.shape
             layer.keys = layer.keys.new_ones(rows, heads, length - 1, size)
             layer.values = torch.ones_like(layer.keys)
         batch["input_ids"] = batch["input_ids"][:, -1:]
@@ -184,17 +186,27 @@ def peaks(
     config: PretrainedConfig,
     args: GRPOConfig,
     model_args: ModelConfig,
-    modes: tuple = (False, True),
+    modes: Iterable[bool] = (False, True),
+    sizes: Iterable[int] = (),
 ) -> Iterator[tuple[bool, int, dict[str, int]]]:
-    """Yield gradient checkpointing (on or off), micro-batch, and each phase's peak in bytes."""
+    """Yield gradient checkpointing (on or off), micro-batch, and each phase's peak in bytes.
+
+    modes  gradient checkpointing, False before True
+    sizes  micro-batches; without them the powers of two that divide the step, and the setting
+    """
+    own = args.per_device_train_batch_size
+    calls = {"generation": own * args.steps_per_generation}  # completions in a generate call
+    if args.evaluate:
+        calls["evaluation"] = args.per_device_eval_batch_size
+    if not sizes:
+        sizes = sorted({2**k for k in range(10) if calls["generation"] % 2**k == 0} | {own})
     with cuda_kernels(), FakeTensorMode(), Memory() as memory:
-        step = Step(config, args, model_args)
-        peak = {"generation": max(memory.of(step.prefill), memory.of(step.decode))}
+        step, peak = Step(config, args, model_args), {}
+        for name, n in calls.items():
+            peak[name] = max(memory.of(step.prefill, n), memory.of(step.decode, n))
         step.fill_gradients()
         peak["optimizer"] = memory.of(step.update)
         step.fill_gradients()
-        sizes = {2**k for k in range(10) if step.rows % 2**k == 0}
-        sizes = sorted(sizes | {args.per_device_train_batch_size})
         for checkpointing in modes:
             if checkpointing:
                 step.checkpoint()
@@ -204,53 +216,43 @@ def peaks(
 
 def check(args: GRPOConfig, model_args: ModelConfig) -> None:
     """Raise UserError for what is not simulated."""
-    if args.optim != "adamw_torch" or args.use_vllm or model_args.load_in_4bit:
-        raise UserError("not estimated with vLLM, in 4 bits, or with another optimizer")
+    if args.use_vllm:
+        raise UserError("not estimated with vLLM: add --use_vllm False; vLLM's share is on top")
+    if args.optim != "adamw_torch" or model_args.load_in_4bit:
+        raise UserError("not estimated in 4 bits, or with another optimizer")
 
 
 def report(args: GRPOConfig, model_args: ModelConfig) -> None:
-    """Print the table of `--estimate_memory`, and what leaves a tenth of a 24 GB card free."""
+    """Print the table of `--estimate_memory`, what fits each card, and each card's file."""
     check(args, model_args)
     name, largest = model_args.model_name_or_path, {}
-    row = "{:<8} {:>13} {:>11} {:>8}  {:<10}" + " {:>6}" * len(CARDS)
-    cards = [f"{card} GB" for card in CARDS]
-    print_once(f"Peak memory of {name}, estimated in about a minute and a half:")
+    own = (model_args.use_peft, args.gradient_checkpointing, args.per_device_train_batch_size)
+    row = "{:<8} {:>13} {:>11} {:>8}  {:<10}{}"
+    print_once(f"Peak memory of {name}, estimated in about a minute:")
     print_once(
         f"prompts of {args.max_prompt_length} tokens, completions of {args.max_completion_length}"
     )
-    print_once(row.format("training", "checkpointing", "micro-batch", "peak, GB", "in", *cards))
+    print_once(row.format("training", "checkpointing", "micro-batch", "peak, GB", "in", ""))
     with as_user_error(f"cannot estimate {name!r}"):
         config = Qwen2Config(**QWEN) if name == DEFAULT else AutoConfig.from_pretrained(name)
         for training, model_args.use_peft in (("full", False), ("LoRA", True)):
             for checkpointing, rows, peak in peaks(config, args, model_args):
-                phase = max(peak, key=peak.get)
-                top, mode = peak[phase] / 1e9, "on" if checkpointing else "off"
-                fits = (
-                    "yes" if top <= USABLE * n else "tight" if top <= n else "no" for n in CARDS
-                )
-                print_once(row.format(training, mode, rows, f"{top:.1f}", phase, *fits))
-                key = f"{training:<4}, checkpointing {mode:<3}"
-                largest[key] = rows if top <= USABLE * 24 else largest.get(key, "none")
-    print_once("\nLargest micro-batch that leaves 10% of a 24 GB card free:")
-    for key, rows in largest.items():
-        print_once(f"{key}: {rows}")
+                phase, mode = max(peak, key=peak.get), "on" if checkpointing else "off"
+                these = own == (model_args.use_peft, checkpointing, rows)
+                mark, top = " <- these settings" if these else "", peak[phase] / 1e9
+                print_once(row.format(training, mode, rows, f"{top:.1f}", phase, mark))
+                fits = largest.setdefault(f"{training}, checkpointing {mode}", {})
+                fits |= {card: rows for card in CARDS if top <= USABLE * card}
+    row = "{:<40}" + " {:>9}" * len(CARDS)
+    free = f"Largest micro-batch that leaves {1 - USABLE:.0%} free"
+    print_once("\n" + row.format(free, *(f"{card} GB" for card in CARDS)))
+    for mode, fits in largest.items():
+        print_once(row.format(mode, *(fits.get(card, "none") for card in CARDS)))
+    files = [f"{card}gb.yaml" for card in CARDS]
+    print_once(row.format("For Qwen2.5-1.5B: --config assets/cards/", *files))
 
 
-def advice(config: PretrainedConfig, args: GRPOConfig, model_args: ModelConfig, card: int) -> str:
-    """Return a line for the banner: what a step takes of a card of `card` bytes, what would fit."""
-    own, tops, size = args.per_device_train_batch_size, {}, f"{card / 1e9:.1f} GB"
-    try:
-        check(args, model_args)
-        for _, rows, peak in peaks(config, args, model_args, (args.gradient_checkpointing,)):
-            tops[rows] = max(peak.values())
-            if rows >= own and tops[rows] > USABLE * card:
-                break
-    except Exception as error:  # an estimate must not stop the run
-        return f"of {size}; not estimated: {error}"
-    line = f"about {tops[own] / 1e9:.1f} GB of {size}, estimated"
-    if tops[own] > card:
-        return f"{line}; too much: --estimate_memory shows what fits"
-    if best := max((n for n, top in tops.items() if n > own and top <= USABLE * card), default=0):
-        steps = own * args.gradient_accumulation_steps // best
-        line += f"; --per_device_train_batch_size {best} --gradient_accumulation_steps {steps} fits"
-    return line
+if __name__ == "__main__":
+    from grpo_demo import main
+
+    main(["--estimate_memory", *sys.argv[1:]])

@@ -18,12 +18,13 @@ from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import TrainerCallback
-from trl import GRPOConfig, ModelConfig
+from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from wandb.sdk.lib.runid import generate_id
 
 from assets import wandb_run
@@ -62,20 +63,34 @@ class AtLastStep(Exception):
 def describe(
     args: GRPOConfig, model_args: ModelConfig, rows: Dataset, system_prompt: str, rewards: str
 ) -> dict:
-    """Return all settings of a run, with fingerprints of data, rewards file and local model."""
+    """Return all settings of a run, with fingerprints of data, rewards file and local model.
 
-    def fingerprint(value: object) -> str:
-        return sha256(repr(value).encode()).hexdigest()[:12]
+    A step's completions (generation_batch_size) and the optimizer's batch are among them, so their
+    factors are free, unless the loss depends on the micro-batch.
+    """
+    config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": system_prompt}
+    micro_batch = args.per_device_train_batch_size
+    config["optimizer batch"] = micro_batch * args.gradient_accumulation_steps * args.world_size
+    if args.loss_type == "bnpo" or args.top_entropy_quantile < 1:
+        config["micro-batch"] = micro_batch
+    config["world_size"] = args.world_size
+    config["data"] = sha256(repr(rows.to_dict()).encode()).hexdigest()[:12]
+    config["rewards.py"] = fingerprint(Path(rewards))
+    for file in sorted(Path(model_args.model_name_or_path).glob("*.*")):
+        if file.suffix in (".safetensors", ".json", ".jinja"):
+            config[f"model file {file.name}"] = fingerprint(file)
+    return config
 
-    folder, config = Path(model_args.model_name_or_path), vars(model_args).copy()
-    files = [f for end in ("safetensors", "json", "jinja") for f in folder.glob(f"*.{end}")]
-    config |= args.to_sanitized_dict() | {"system_prompt": system_prompt}
-    return config | {
-        "world_size": args.world_size,
-        "data": fingerprint(rows.to_dict()),
-        "rewards.py": fingerprint(Path(rewards).read_bytes()),
-        "model": fingerprint(sorted((f.name, f.stat().st_size, f.stat().st_mtime) for f in files)),
-    }
+
+def fingerprint(file: Path) -> str:
+    """Return a hash of a file's size and content; of a large file, 256 blocks are read."""
+    size, block = file.stat().st_size, 2**16
+    digest = sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for start in range(0, size, max(block, size // 256)):
+            stream.seek(start)
+            digest.update(stream.read(block))
+    return digest.hexdigest()[:12]
 
 
 @contextmanager
@@ -109,23 +124,45 @@ def claim_output(args: GRPOConfig, config: dict) -> Iterator[Run]:
     wandb_run.close_run()
 
 
+def choose(config: dict) -> dict[str, str]:
+    """Return the settings that must be equal when a run is resumed, as texts."""
+    free = {name for name in config for part in FREE_SETTINGS.split() if fnmatch(name, part)}
+    return {name: str(value) for name, value in config.items() if name not in free}
+
+
 def claim(args: GRPOConfig, config: dict) -> Run:
     """Lock `args.output_dir`; is it new, resumable, finished, or unrelated?"""
     out = Path(args.output_dir)
     lock(out)
-    free = {name for name in config for part in FREE_SETTINGS.split() if fnmatch(name, part)}
-    settings = {name: str(value) for name, value in config.items() if name not in free}
-    new = {"settings": settings, "wandb_id": generate_id(), "finished": False}
-    new["overwrote"] = args.overwrite_output
+    new = {"settings": choose(config), "wandb_id": generate_id(), "finished": False}
+    new |= {"overwrote": args.overwrite_output, "micro_batch": args.per_device_train_batch_size}
     old = read_record(out, args.overwrite_output)
     same_command = old == {**new, "wandb_id": old.get("wandb_id")}
     if args.overwrite_output and not same_command:
         move_aside(out)
     elif old:
-        return Run(old, find_checkpoint(out, settings, old, args.world_size))
+        if (
+            config["use_peft"]
+            and config["lora_dropout"]
+            and old.get("micro_batch") != new["micro_batch"]
+        ):
+            print_error("warning: another micro-batch draws other dropout: other last digits")
+        return Run(old, find_checkpoint(out, new["settings"], old, args.world_size))
     elif any(not is_left_over(file.relative_to(out)) for file in out.rglob("*") if file.is_file()):
         refuse(out, "holds other files")
     return Run(new)
+
+
+def choose_evaluation(out: Path, config: dict) -> Path:
+    """Return the folder of an evaluation of these settings that was stopped, else a new one."""
+    begun = {"settings": choose(config)}
+    for file in sorted(out.glob("eval-*/evaluation.json"), reverse=True):
+        if json.loads(file.read_text()) == begun:
+            print_once(f"resuming {file.parent}")
+            return file.parent
+    folder = out / f"eval-{datetime.now():%Y%m%d-%H%M%S}"
+    write_json(folder / "evaluation.json", begun)
+    return folder
 
 
 def lock(out: Path) -> None:
@@ -194,8 +231,15 @@ def find_checkpoint(out: Path, new: dict, record: dict, processes: int) -> str |
     Exits with status 0 if the run is finished. UserError if its settings are others.
     """
     old = record["settings"]
-    if changed := [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]:
-        refuse(out, f"is a run with other settings ({'; '.join(changed)})")
+    names = sorted(old.keys() | new.keys())
+    changed = [name for name in names if old.get(name) != new.get(name)]
+    if record["finished"] and changed and {*changed} <= {"max_steps", "num_train_epochs"}:
+        release(out)
+        further = f"--model_name_or_path {out} --output_dir {out}-2"
+        raise UserError(f"{out} is finished; to train its model further, add: {further}")
+    if changed:
+        texts = [f"{name} {old.get(name)} -> {new.get(name)}" for name in changed]
+        refuse(out, f"is a run with other settings ({'; '.join(texts)})")
     if record["finished"]:
         print_once(f"{out} is finished, nothing to do; --overwrite_output starts again")
         raise SystemExit(0)
@@ -236,10 +280,17 @@ def is_complete(folder: Path, processes: int) -> bool:
 
 
 class StopAndResume(TrainerCallback):
-    """Saves a checkpoint when a signal arrives; loads what transformers does not load on resume."""
+    """Stops at a signal, saves where a run can resume, loads what transformers does not."""
 
-    def __init__(self, args: GRPOConfig, run: Run):
+    def __init__(self, trainer: GRPOTrainer, run: Run):
+        args = trainer.args
         self.checkpoint, self.signal, self.training = run.checkpoint, 0, False
+        self.reference = trainer.ref_model if args.sync_ref_model else None  # it moves
+        self.batch, self.save_is_due = 0, False
+        # TRL keeps the completions that are used several times in memory only
+        self.batches = args.steps_per_generation * args.num_iterations
+        if args.save_steps * args.gradient_accumulation_steps % self.batches:
+            print_once("checkpoints wait until all completions of a generation are used")
         if args.process_index == 0:
             write_json(Path(args.output_dir, "run.json"), run.record)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -253,18 +304,38 @@ class StopAndResume(TrainerCallback):
         self.signal = number
         print_error("\nfinishing the step, then saving; a second signal stops at once")
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if state.global_step >= state.max_steps:  # transformers would train one more step
             raise AtLastStep
         self.training = True
-        if self.checkpoint and "ref" in getattr(model, "peft_config", {}):
+        if not self.checkpoint:
+            return
+        batch_sampler = train_dataloader.batch_sampler
+        sampler = getattr(batch_sampler, "batch_sampler", batch_sampler).sampler
+        for _ in range(int(state.epoch)):  # shuffle as often as the epochs before have done
+            next(iter(sampler))
+        if "ref" in getattr(model, "peft_config", {}):
             model.load_adapter(self.checkpoint, "default", is_trainable=True)
             model.set_adapter("default")  # transformers loads only "ref"
+        if self.reference is not None:
+            self.reference.load_state_dict(torch.load(Path(self.checkpoint, "reference.pt")))
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.batch += 1
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.batch += 1
         self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
-        if self.signal:
-            control.should_save = control.should_training_stop = True
+        self.save_is_due = self.save_is_due or control.should_save or self.signal > 0
+        used_up = self.batch % self.batches == 0 or state.global_step >= state.max_steps
+        control.should_save = self.save_is_due and used_up
+        self.save_is_due = self.save_is_due and not used_up
+        control.should_training_stop |= self.signal > 0 and used_up
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.reference is not None and state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            torch.save(self.reference.state_dict(), folder / "reference.pt")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False

@@ -106,7 +106,7 @@ class Parser(TrlParser):
             raise UserError("--config needs the name of a YAML file")
         if plain.count("--config") > 1:
             raise UserError("--config can be given once")
-        return super().parse_args_and_config(plain)
+        return super().parse_args_and_config([os.path.expanduser(arg) for arg in plain])
 
     def error(self, message: str):
         """Raise UserError; argparse would print all 200 flags first."""

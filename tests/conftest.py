@@ -89,21 +89,10 @@ class Job:
         return SimpleNamespace(returncode=self.process.exitcode, stdout=out, stderr=err)
 
 
-def pytest_collection_modifyitems(items):
-    """Test the benchmark last: it runs while the other tests do."""
-    items.sort(key=lambda item: item.path.name == "test_benchmark.py")
-
-
 @pytest.fixture(scope="session", autouse=True)
-def jobs(tmp_path_factory, request):
-    """Make a folder for output of jobs; start the benchmark's GPU table if it is tested."""
+def jobs(tmp_path_factory):
+    """Make a folder for output of jobs."""
     os.environ["JOBS"] = str(tmp_path_factory.mktemp("jobs"))
-    if request.session.items[-1].path.name != "test_benchmark.py":
-        return
-    command = [sys.executable, "tests/benchmark.py", "--gpu", "--shape", "tiny"]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    request.session.gpu_table = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
 def run(*flags: object, env: dict | None = None) -> SimpleNamespace:

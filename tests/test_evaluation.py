@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_demo
-from assets import tables
 from assets.evaluate import Evaluation
 from assets.measure import COLUMNS, explain, gain, pass_at, share, sharpening, summarize, verdict
+from assets.research import tables
 from rewards import REWARD_FUNCS, score
 
 XML = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n{}\n</answer>\n"
@@ -269,7 +269,7 @@ RECORDS = [*tables.LAPTOP.values(), *tables.QWEN.values()]
 
 
 def load(name: str, file: str):
-    return json.loads((ROOT / "assets/runs" / name / f"{file}.json").read_text())
+    return json.loads((ROOT / "assets/research/runs" / name / f"{file}.json").read_text())
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -279,9 +279,9 @@ def test_recorded_gains_are_those_of_the_recorded_measurements(name):
     best = max(m["lenient_accuracy"]["value"] for m in (before, control))
     for column in ("strict_accuracy", "strict_format"):
         difference = after[column]["value"] - before[column]["value"]
-        assert record["gain"][column][0] == pytest.approx(difference)
+        assert record["gain"][column]["value"] == pytest.approx(difference)
     difference = after["lenient_accuracy"]["value"] - best
-    assert record["gain"]["reasoning"][0] == pytest.approx(difference)
+    assert record["gain"]["reasoning"]["value"] == pytest.approx(difference)
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -2,12 +2,12 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen2Config
@@ -19,7 +19,7 @@ from grpo_demo import parse_args
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 32768}
 FLAGS = "--use_cpu True --dtype float32 --bf16 False --num_generations 8 --max_prompt_length 64"
-FLAGS += " --max_completion_length 192 --gradient_accumulation_steps 8"
+FLAGS += " --max_completion_length 192 --gradient_accumulation_steps 8 --evaluate False"
 ROWS = 4
 REAL = """
 import json, sys
@@ -32,7 +32,7 @@ def resident(key):
     return 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
 
 def peaks(step, rows):
-    for name, *sizes in (("prefill",), ("decode",), ("loss", rows), ("update",)):
+    for name, *sizes in (("prefill", 8), ("decode", 8), ("loss", rows), ("update",)):
         if name == "loss":
             step.fill_gradients()
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -53,7 +53,7 @@ def simulate(flags: str = FLAGS) -> list[int]:
     """Return the simulated peaks of prefill, decode, loss and update, in bytes."""
     with FakeTensorMode(), memory.Memory() as counter:
         step = memory.Step(Qwen2Config(**SHAPE), *parse_args(flags.split()))
-        generation = [counter.of(step.prefill), counter.of(step.decode)]
+        generation = [counter.of(step.prefill, 8), counter.of(step.decode, 8)]
         step.fill_gradients()
         return [*generation, counter.of(step.loss, ROWS), counter.of(step.update)]
 
@@ -110,17 +110,25 @@ def test_weights_gradients_and_adam_are_what_arithmetic_says(tables):
     assert tables["full"][False, 1]["optimizer"] == pytest.approx(6 * 4 * parameters, rel=0.001)
 
 
-def test_the_banner_names_the_largest_micro_batch_that_fits(tables):
-    config, settings = Qwen2Config(**SHAPE), parse_args(FLAGS.split())
-    tops = {n: max(tables["full"][False, n].values()) for n in (1, 2, 4, 8)}
-    state = torch.get_rng_state()
-    for fits, card in {4: tops[4] / 0.9 + 1, 8: tops[8] / 0.9 + 1}.items():
-        line = memory.advice(config, *settings, int(card))
-        wanted = f"--per_device_train_batch_size {fits} --gradient_accumulation_steps {8 // fits}"
-        assert wanted in line and f"about {tops[1] / 1e9:.1f} GB of {card / 1e9:.1f} GB" in line
-    full, small = (memory.advice(config, *settings, tops[1] + n) for n in (0, -1))
-    assert "fits" not in full and "too much: --estimate_memory" in small
-    assert torch.equal(torch.get_rng_state(), state)
+def test_the_report_names_the_largest_micro_batch_of_each_card(monkeypatch, capsys):
+    """The module is a command too; both print the same."""
+
+    def peaks(config, args, model_args):
+        for checkpointing, each in ((False, 20e9), (True, 10e9)):  # bytes for each completion
+            for rows in (1, 2, 4):
+                yield checkpointing, rows, {"generation": 15e9, "loss": each * rows}
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--use_peft", "--gradient_checkpointing"])
+    grpo_demo.main(["--estimate_memory", *sys.argv[1:]])
+    text = capsys.readouterr().out
+    runpy.run_module("assets.memory", run_name="__main__")
+    assert capsys.readouterr().out == text
+    lines = [line.split() for line in text.splitlines()]
+    (own,) = [line for line in lines if "<-" in line]
+    assert own[:5] == ["LoRA", "on", "1", "15.0", "generation"]
+    largest = [line[-4:] for line in lines if line[1:2] == ["checkpointing"] and len(line) == 7]
+    assert largest == 2 * [["none", "1", "2", "2"], ["none", "2", "4", "4"]]
 
 
 def test_an_unknown_model_is_one_line(capsys, tmp_path):

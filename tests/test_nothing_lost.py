@@ -22,7 +22,7 @@ from transformers import TrainerControl, TrainerState
 import grpo_demo
 from assets import keep
 from assets.claim import is_complete
-from assets.record import collect
+from assets.research.record import collect
 
 SMALL = (
     *(*LAPTOP, "--per_device_train_batch_size", 16, "--num_generations", 4),

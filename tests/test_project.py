@@ -9,21 +9,16 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
-from statistics import mean
 
 import pytest
 from conftest import ROOT
 
-from assets import tables
-from assets.record import time_split
-
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/*/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/**/*.md"))]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("assets/**/*.py")]
 }
-STRICT_FORMAT = "strict format reward, at most 0.5"
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
@@ -56,7 +51,7 @@ def test_ci_runs_readmes_test_command():
 
 
 def test_every_logged_metric_is_in_the_glossary():
-    lines = (ROOT / "assets/runs/laptop-42/metrics.jsonl").read_text().splitlines()
+    lines = (ROOT / "assets/research/runs/laptop-42/metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"runtime"}
     shown = {re.sub(r"rewards/\w+_reward_func/", "rewards/<name>/", name) for name in logged}
     glossary = (ROOT / "assets/notes/wandb.md").read_text()
@@ -89,50 +84,9 @@ def test_the_front_page_is_short():
 
 
 def test_tables_show_the_records():
-    done = subprocess.run(
-        [sys.executable, "assets/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
+    check = [sys.executable, "-m", "assets.research.tables", "--check"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_findings_state_the_numbers_of_the_records():
-    """All numbers with a decimal, a sign or a percent sign, in order; the wording is free."""
-    laptop, qwen, again = tables.LAPTOP, tables.QWEN, tables.QWEN_AGAIN
-    plain, shot, after = tables.MEASURED
-    curves = [metrics for _, metrics, _ in tables.runs(laptop)]
-    strict = [tables.ten_step_means(m, tables.COURSE[STRICT_FORMAT][0]) for m in curves]
-    first, last = (mean(tens[i] for tens in strict) for i in (0, -1))
-    trained = mean(tables.measured(laptop, after, "strict_accuracy"))
-    untrained, real = (tables.measured(c, shot, "strict_accuracy")[0] for c in (laptop, qwen))
-    (real_after,) = tables.measured(qwen, after, "strict_accuracy")
-    passed = [tables.pass_at_k(laptop, when, "strict") for when in (after, shot)]
-    passed += [tables.pass_at_k(again, when, "lenient") for when in (after, plain)]
-    ends = json.loads((ROOT / "assets/runs/qwen-half-b/endings.json").read_text())[after]
-    parts, moved = tables.lines("parts"), tables.lines("updates")
-    only = parts["correctness only"]
-    without = [row["measured"][after]["strict_accuracy"] for row in parts["without correctness"]]
-    sampled = mean(2 * tables.at_the_end(row) for row in only)
-    greedy = mean(row["measured"][after]["strict_format"] for row in only)
-    changed = [
-        mean(row["moved"]["changed"] for row in moved[f"{dtype}, learning rate 5e-6"])
-        for dtype in ("bfloat16", "float32")
-    ]
-    shares = []
-    for name in ("laptop-42", "qwen-half-b"):
-        timers = json.loads((ROOT / f"assets/runs/{name}/timers.json").read_text())
-        split = time_split(tables.runs({name: name})[0][1], timers)
-        shares.append([split[k] / sum(split.values()) for k in ("generate", "five rewards")])
-    wanted = [f"{first:.2f}", f"{last:.2f}", "0.5"]
-    wanted += [f"{mean(tables.reasoning(columns)):+.1f}" for columns in (laptop, qwen)]
-    wanted += [f"{share:.1%}" for share in (untrained, trained, real, real_after)]
-    wanted += [f"{mean(c['value'] for c in cells[k]):.1%}" for cells in passed for k in (1, 16)]
-    wanted += [f"{ends[tables.STRAY[0]] / sum(ends.values()):.1%}"]
-    wanted += [f"{share:.1%}" for share in tables.measured(again, after, "strict_format")]
-    wanted += [f"{mean(without):.1%}", f"{trained:.1%}", f"{sampled:.0%}", f"{greedy:.0%}"]
-    wanted += [f"{share:.1%}" for share in changed]
-    wanted += [f"{generate:.0%}" for generate, _ in shares] + [f"{shares[0][1]:.2%}"]
-    findings = README[README.index("## What we learned") : README.index("## In W&B")]
-    assert re.findall(r"[-+]\d+\.\d|\d+\.\d+%|\d+%|\d+\.\d+", findings) == wanted
 
 
 def test_rewards_runs_alone(tmp_path):

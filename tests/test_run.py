@@ -38,7 +38,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import grpo_demo
 from assets import check
-from assets.record import collect, time_split
+from assets.research.record import collect, time_split
 from rewards import REWARD_FUNCS
 
 NAMES = [f.__name__ for f in REWARD_FUNCS]

@@ -287,7 +287,7 @@ WRONG = """
     --auto_find_batch_size
     --model_name_or_path nobody/nothing
     --model_name_or_path /no/where
-    --model_name_or_path assets/runs
+    --model_name_or_path assets/research/runs
     --model_revision nowhere --model_name_or_path nobody/nothing
     --dataset_name nobody/nothing
     --dataset_name /no/where

@@ -1,13 +1,14 @@
 """Run the laptop run with one thing changed, three seeds each; write a line a run.
 
-    python assets/experiments.py settings    # which learning rate: other seeds, other questions
-    python assets/experiments.py parts       # one part changed at a time, on the test questions
-    python assets/experiments.py updates     # six steps in fp32 and bf16: how far the weights move
+    python -m assets.research.experiments settings    # learning rates: other seeds, other questions
+    python -m assets.research.experiments parts       # one part changed, on the test questions
+    python -m assets.research.experiments updates     # six steps in fp32 and bf16
 
-Each writes assets/runs/<name>.jsonl and skips the runs that are there already. There are as many
-runs at a time as cores, each with one thread: a minute for two runs on two cores.
+Each writes runs/<name>.jsonl and skips the runs that are there already. There are as many runs at a
+time as cores, each with one thread: a minute for two runs on two cores.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -17,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from assets.record import environment  # noqa: E402
+from assets.research.record import RUNS, environment
+from assets.research.tables import ROOT, read_lines
 
-RATES = ["1e-4", "1.4e-4", "2e-4", "2.8e-4", "4e-4"]
+TINY = ROOT / "assets/tiny"
 # The rule: the smallest rate with which each seed has learned the format, a mean strict format
 # reward of 0.42 of 0.5 over the last ten steps. A larger rate only costs accuracy.
+RATES = ["1e-4", "1.4e-4", "2e-4", "2.8e-4", "4e-4"]
 SETTINGS = {f"learning rate {rate}": f"--learning_rate {rate}" for rate in RATES}
 PARTS = {
     "nothing changed": "",
@@ -42,16 +43,18 @@ PARTS = {
     "loss dapo": "--loss_type dapo",
     "scored at the sampling temperature": "--temperature 0.9",
 }
+SIX = "--max_steps 6 --save_steps 6"
 UPDATES = {
-    f"{dtype}, learning rate {rate}": (
-        f"--dtype {dtype} --learning_rate {rate} --max_steps 6 --save_steps 6"
-    )
+    f"{dtype}, learning rate {rate}": f"--dtype {dtype} --learning_rate {rate} {SIX}"
     for rate in ("5e-6", "2.8e-4")
     for dtype in ("float32", "bfloat16")
 }
+KINDS = {  # what is changed, seeds
+    "settings": (SETTINGS, [3, 4, 5]),
+    "parts": (PARTS, [42, 1, 2]),
+    "updates": (UPDATES, [42, 1, 2]),
+}
 HARD_SHARE = 0.400  # of the committed questions, as assets/tiny/make.py chose it
-
-
 CURVES = [
     "rewards/soft_format_reward_func/mean",
     "rewards/strict_format_reward_func/mean",
@@ -63,19 +66,22 @@ CURVES = [
 ]
 
 
-def run_one(name: str, flags: str, seed: int, out: Path, data: str) -> dict:
+def run_one(name: str, flags: str, seed: int, data: str) -> dict:
     """Do one laptop run of 60 steps of 64 completions; return its line of the file."""
-    command = [sys.executable, "grpo_demo.py", "--config", "assets/tiny/config.yaml"]
-    command += ["--max_steps", "60", "--save_steps", "60", "--seed", str(seed)]
-    command += ["--output_dir", str(out), "--dataset_name", data, *flags.split()]
-    command += ["--report_to", "none", "--log_completions", "False", "--disable_tqdm", "True"]
-    single = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=HERE.parent, env=single, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name}, seed {seed}: exit {done.returncode}\n{done.stderr[-2000:]}")
-    (state,) = out.glob("checkpoint-*/trainer_state.json")
-    log = [step for step in json.loads(state.read_text())["log_history"] if "reward" in step]
-    evaluation = json.loads((out / "evaluation.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "run")
+        command = [sys.executable, "grpo_demo.py", "--config", "assets/tiny/config.yaml"]
+        command += ["--max_steps", "60", "--save_steps", "60", "--seed", str(seed)]
+        command += ["--output_dir", str(out), "--dataset_name", data, *flags.split()]
+        command += ["--report_to", "none", "--log_completions", "False", "--disable_tqdm", "True"]
+        single = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=single, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name}, seed {seed}: exit {done.returncode}\n{done.stderr[-2000:]}")
+        (state,) = out.glob("checkpoint-*/trainer_state.json")
+        log = [step for step in json.loads(state.read_text())["log_history"] if "reward" in step]
+        evaluation = json.loads((out / "evaluation.json").read_text())
+        weights_moved = moved(out)
     measured = evaluation["measurements"]
     return {
         "change": name,
@@ -83,7 +89,7 @@ def run_one(name: str, flags: str, seed: int, out: Path, data: str) -> dict:
         "seed": seed,
         "date": str(date.today()),
         **environment(),
-        "moved": moved(out),
+        "moved": weights_moved,
         "verdict": evaluation["verdict"],
         "gain": evaluation["gain"],
         "measured": {k: {c: v[c]["value"] for c in v} for k, v in measured.items()},
@@ -96,56 +102,39 @@ def moved(out: Path) -> dict[str, float]:
     """Return how far training moved the embedded model's weights: share changed, distance."""
     from safetensors.torch import load_file
 
-    before, after = (load_file(folder / "model.safetensors") for folder in (HERE / "tiny", out))
+    before, after = (load_file(folder / "model.safetensors") for folder in (TINY, out))
     pairs = [(before[name].double(), after[name].double()) for name in before]
     changed = sum((b != a).sum().item() for b, a in pairs) / sum(b.numel() for b, _ in pairs)
     squares = sum(((b - a) ** 2).sum().item() for b, a in pairs)
-    return {
-        "changed": changed,
-        "distance": (squares / sum((b**2).sum().item() for b, _ in pairs)) ** 0.5,
-    }
+    length = sum((b**2).sum().item() for b, _ in pairs)
+    return {"changed": changed, "distance": (squares / length) ** 0.5}
 
 
 def write_validation(folder: Path) -> None:
     """Write a dataset whose test questions are validation questions, in no committed file."""
     from assets.tiny.make import write_rows
 
-    (folder / "train.jsonl").write_bytes((HERE / "tiny" / "train.jsonl").read_bytes())
+    (folder / "train.jsonl").write_bytes((TINY / "train.jsonl").read_bytes())
     write_rows(folder / "test.jsonl", "validation", 512, HARD_SHARE, seed=7)
-
-
-KINDS = {
-    "settings": (SETTINGS, [3, 4, 5]),
-    "parts": (PARTS, [42, 1, 2]),
-    "updates": (UPDATES, [42, 1, 2]),
-}
 
 
 def main() -> None:
     """Run the command line: the runs of one kind that are not in its file yet."""
-    if len(sys.argv) != 2 or sys.argv[1] not in KINDS:
-        raise SystemExit(__doc__)
-    kind, (changes, seeds) = sys.argv[1], KINDS[sys.argv[1]]
-    path = HERE / "runs" / f"{kind}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    there = {(row["change"], row["seed"]) for row in map(json.loads, lines)}
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("kind", choices=KINDS)
+    kind = parser.parse_args().kind
+    changes, seeds = KINDS[kind]
+    path = RUNS / f"{kind}.jsonl"
+    path.touch()
+    there = {(row["change"], row["seed"]) for row in read_lines(path.name)}
     wanted = [(name, flags, seed) for seed in seeds for name, flags in changes.items()]
     missing = [job for job in wanted if (job[0], job[2]) not in there]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        data = "assets/tiny"
-        if kind == "settings":
-            write_validation(Path(folder))
-            data = folder
-        outs = [Path(folder, str(i)) for i in range(len(missing))]
-        jobs = [
-            pool.submit(run_one, *job, out, data) for job, out in zip(missing, outs, strict=True)
-        ]
-        for job in jobs:  # in the order of the table, whichever ends first
-            try:
-                row = job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        write_validation(Path(folder))
+        data = folder if kind == "settings" else "assets/tiny"
+        # in the order of the table, whichever ends first
+        for row in pool.map(lambda job: run_one(*job, data), missing):
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             after = row["measured"]["after_zero_shot"]

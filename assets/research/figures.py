@@ -1,11 +1,11 @@
-"""Draw README's pictures from the records in assets/runs, or one picture of a run of your own.
+"""Draw README's pictures from the records in runs/, or one picture of a run of your own.
 
 pip install matplotlib==3.11.2
-python assets/figures.py                  # README's pictures, into assets
-python assets/figures.py outputs/tiny     # timers and rewards of a run, into outputs/tiny/p1.png
+python -m assets.research.figures                  # README's pictures
+python -m assets.research.figures outputs/tiny     # timers and rewards: outputs/tiny/p1.png
 """
 
-import json
+import argparse
 import re
 import sys
 import textwrap
@@ -16,15 +16,16 @@ try:
     from matplotlib.figure import Figure
     from PIL import Image
 except ModuleNotFoundError:
-    print("assets/figures.py needs matplotlib: pip install matplotlib==3.11.2", file=sys.stderr)
+    print("pictures need matplotlib: pip install matplotlib==3.11.2", file=sys.stderr)
     sys.exit(2)
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from assets.record import collect, time_split  # noqa: E402
-from assets.tables import LAPTOP, MEASURED, QWEN, QWEN_AGAIN, STRAY, pass_at_k, runs  # noqa: E402
-from rewards import EXAMPLES, REWARD_FUNCS, count_xml  # noqa: E402
+from assets.research import tables
+from assets.research.record import collect, time_split
+from assets.research.tables import AFTER, LAPTOP, MEASURED, QWEN, QWEN_AGAIN, ROOT, STRAY, runs
+from rewards import EXAMPLES, REWARD_FUNCS, count_xml
 
+ASSETS = ROOT / "assets"
+PICTURES = ASSETS / "pictures"
 REWARDS = [reward.__name__ for reward in REWARD_FUNCS]
 NAMES = [reward.removesuffix("_reward_func") for reward in REWARDS]
 PERFECT = {"completions": [[{"content": EXAMPLES[0][1]}]], "answer": ["18"]}
@@ -43,10 +44,6 @@ rcParams |= {"figure.constrained_layout.use": True, "figure.constrained_layout.w
 rcParams["figure.constrained_layout.h_pad"] = 0.06
 
 
-def read(run: str, file: str):
-    return json.loads((HERE / "runs" / run / file).read_text())
-
-
 def save(figure: Figure, file: Path) -> None:
     """Write a picture with few colours: a small file, the same bytes every time."""
     figure.savefig(file, metadata={"Software": None})
@@ -61,35 +58,34 @@ def head(figure: Figure, finding: str, note: str = "") -> None:
 
 def result() -> None:
     """Draw accuracy untrained, one-shot and trained: laptop run and real Qwen side by side."""
-    figure, names = Figure((8, 3.6)), ("Laptop model", "Qwen2.5-Coder-0.5B")
-    for ax, name, columns in zip(figure.subplots(1, 2), names, (LAPTOP, QWEN), strict=True):
-        measured = [evaluation["measurements"] for evaluation, _, _ in runs(columns)]
-        for i, (when, kind) in enumerate((w, k) for w in MEASURED for k in ACCURACY):
-            got = [m[when][f"{kind}_accuracy"] for m in measured]
-            got = got[:1] if "before" in when else got  # one untrained model for all seeds
-            x, mean = i // 2 + 0.4 * (i % 2), sum(g["value"] for g in got) / len(got)
+    figure, models = Figure((8, 3.6)), {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
+    above = {"textcoords": "offset points", "ha": "center"}
+    for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
+        measured = [run.evaluation["measurements"] for run in runs(columns)]
+        bars = [(when, kind) for when in MEASURED for kind in ACCURACY]
+        for i, (when, kind) in enumerate(bars):
+            found = [measurements[when][f"{kind}_accuracy"] for measurements in measured]
+            if when != AFTER:
+                found = found[:1]  # one untrained model for all seeds
+            x, mean = i // 2 + 0.4 * (i % 2), tables.mean_value(found)
             ax.bar(x, 100 * mean, 0.38, color=ACCURACY[kind], alpha=0.8)
-            for j, g in enumerate(got):
-                low, high = g["interval"]
-                at, y = x + 0.05 * (2 * j + 1 - len(got)), (100 * low, 100 * g["value"], 100 * high)
+            for j, cell in enumerate(found):
+                at = x + 0.05 * (2 * j + 1 - len(found))
+                y = [100 * cell[key] for key in ("low", "value", "high")]
                 ax.plot([at] * 3, y, "-o", color=INK, lw=1.3, ms=3.2, markevery=[1])
-            above = {"textcoords": "offset points", "ha": "center"}
-            top = 100 * max(g["interval"][1] for g in got)
+            top = 100 * max(cell["high"] for cell in found)
             ax.annotate(f"{mean:.1%}", (x, top), (0, 3), **above)
             ax.annotate(kind, (x, 0), (0, -11), color=ACCURACY[kind], **above)
         ax.set_xticks([0.2, 1.2, 2.2], ["untrained", "one-shot", "trained"], fontweight="bold")
         ax.tick_params("x", length=0, pad=15)
-        questions = measured[0]["after_zero_shot"]["lenient_accuracy"]["n"]
-        ax.set_title(f"{name}: % right of {questions} test questions", pad=14)
+        ax.set_title(f"{name}: % right of {found[0]['n']} test questions", pad=14)
     note = (
-        "Lenient: the last number is right. Strict: the right number is inside the tags. One-shot:"
+        "Lenient: the last number is right. Strict: the right number is inside the tags. One-shot: "
+        "untrained, one example\nin the prompt. Dots and lines: each run and its 95% interval. "
+        f"Laptop, trained: {len(LAPTOP)} seeds, the bars are means. The axes differ."
     )
-    note += (
-        " untrained, one example\nin the prompt. Dots and lines: each run and its 95% interval. "
-    )
-    note += f"Laptop, trained: {len(LAPTOP)} seeds, the bars are means. The axes differ."
     head(figure, "Format learned, reasoning not improved", note)
-    save(figure, HERE / "result.png")
+    save(figure, PICTURES / "result.png")
 
 
 def draw_curve(ax, values: list[float], color: str) -> None:
@@ -102,10 +98,11 @@ def draw_curve(ax, values: list[float], color: str) -> None:
 
 def draw_rewards(figure: Figure, metrics: list[dict]) -> None:
     """Draw the sum of the rewards and each reward, over the steps, with the maximum of each."""
+    panels = [("reward", "sum", INK, sum(MOST))]
+    for reward, name, color, most in zip(REWARDS, NAMES, COLORS, MOST, strict=True):
+        panels.append((f"rewards/{reward}/mean", name, color, most))
     axes = figure.subplots(2, 3, sharex=True).flat
-    keys = ["reward", *(f"rewards/{reward}/mean" for reward in REWARDS)]
-    panels = zip(axes, keys, ["sum", *NAMES], [INK, *COLORS], [sum(MOST), *MOST], strict=True)
-    for ax, key, name, color, most in panels:
+    for ax, (key, name, color, most) in zip(axes, panels, strict=True):
         values = [m[key] for m in metrics]
         draw_curve(ax, values, color)
         ax.axhline(most, color=INK, lw=0.9, ls=":")
@@ -115,7 +112,7 @@ def draw_rewards(figure: Figure, metrics: list[dict]) -> None:
 
 def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
     """Draw the timers of a run, under their names in W&B, and its rewards."""
-    figure, steps, parts = Figure((8, 7.4)), len(metrics), time_split(metrics, timers)
+    figure, steps = Figure((8, 7.4)), len(metrics)
     upper, lower = figure.subfigures(2, 1)
     names = [next(name for name in timers if "generate" in name), *REWARDS]
     axes = upper.subplots(2, 3, sharex=True).flat
@@ -126,6 +123,7 @@ def p1(file: Path, metrics: list[dict], timers: dict[str, list[float]]) -> None:
         ax.plot(range(1, steps + 1), [factor * t for t in each], color=color, lw=1.2)
         ax.set(ylim=(0, None), ylabel=unit)
         ax.set_title(name, color=color)
+    parts = time_split(metrics, timers)
     generate, five = (parts[part] / sum(parts.values()) for part in ("generate", "five rewards"))
     head(upper, f"Generation takes {generate:.0%} of a step, the five rewards {five:.2%}")
     draw_rewards(lower, metrics)
@@ -150,16 +148,24 @@ def wrap(text: str, marks: dict[int, tuple[str, str]]) -> list[tuple[str, str, s
     return lines
 
 
-def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -> None:
-    """Draw a completion as it was sampled, its answer, its rewards and the reason for each."""
-    values, got, gold = [sample[r] for r in REWARDS], sample["extracted"], sample["gold"]
+def explain(sample: dict, why: str, soft: str, strict: str) -> list[str]:
+    """Return the reason for each of the five rewards of a completion, and for their sum."""
+    values, got = [sample[reward] for reward in REWARDS], sample["extracted"]
     tags = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
     earned = MOST[0] * sum(sample["completion"].count(tag) == 1 for tag in tags) / len(tags)
-    reasons[0] = f"tags earn {earned:.3f}, minus {earned - values[0]:.3f} " + reasons[0]
-    reasons.append(f"{got} is {'' if values[3] else 'not '}all digits, whether right or wrong")
-    reasons.append(f"{got} is {'' if values[4] else 'not '}the gold answer")
     way = "more" if sample["advantage"] > 0 else "less"
-    reasons.append(f"advantage in its group {sample['advantage']:+.3f}: made {way} likely")
+    return [
+        f"tags earn {earned:.3f}, minus {earned - values[0]:.3f} {why}",
+        soft,
+        strict,
+        f"{got} is {'' if values[3] else 'not '}all digits, whether right or wrong",
+        f"{got} is {'' if values[4] else 'not '}the gold answer",
+        f"advantage in its group {sample['advantage']:+.3f}: made {way} likely",
+    ]
+
+
+def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -> None:
+    """Draw a completion as it was sampled, its answer, its rewards and the reason for each."""
     italic, mono = {"style": "italic"}, {"family": "monospace"}
     rows = [(0.28, [(0.1, title, {"size": 11.5, "weight": "bold"})])]  # inches down, its texts
     question = f"Step {sample['step']}. Question: {sample['question']}"
@@ -167,7 +173,9 @@ def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -
     for line, highlight, note in wrap(sample["completion"], marks):
         texts = [(0.1, highlight, mono | {"color": MARK}), (0.1, line, mono), (1.5, note, italic)]
         rows.append((0.18, texts))
-    rows.append((0.32, [(0.1, f"Gold answer: {gold}.  Extracted answer: {got}.", {})]))
+    answer = f"Gold answer: {sample['gold']}.  Extracted answer: {sample['extracted']}."
+    rows.append((0.32, [(0.1, answer, {})]))
+    values = [sample[reward] for reward in REWARDS]
     table = ([*NAMES, "sum"], [*values, sum(values)], [*COLORS, INK], reasons)
     for name, value, color, reason in zip(*table, strict=True):
         number = (2.1, f"{value:+.3f}" if value else "0", {"ha": "right"})
@@ -179,34 +187,37 @@ def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -
         y += down
         for x, text, style in texts:
             figure.text(x / 8, 1 - y / height, text, **style)
-    save(figure, HERE / file)
+    save(figure, ASSETS / file)
 
 
-def p2_and_p3(samples: list[dict]) -> None:
-    """Draw a correct but shallow completion of the last steps and a failure of the first ones."""
+def p2(samples: list[dict]) -> None:
+    """Draw a correct but shallow completion of the last steps."""
     ended = [s for s in samples if s["completion"].endswith(f"</answer>{STRAY[0]}")]
     shallow = [s for s in ended if s["simple_correctness_reward_func"]][-1]
     less = count_xml(shallow["completion"].removesuffix(STRAY[0]))
     false = re.search(r"She then took out[^.]*\.", shallow["completion"])[0]
     marks = {1: (false, ""), -1: ("</reasoning>", "a stray tag that nobody asked for")}
-    reasons = [
-        f"for the stray tag; without that tag it would be {less:+.3f}",
-        "a reasoning block, then an answer block",
-        "the stray tag breaks the strict pattern",
-    ]
+    why = f"for the stray tag; without that tag it would be {less:+.3f}"
+    soft = "a reasoning block, then an answer block"
+    reasons = explain(shallow, why, soft, "the stray tag breaks the strict pattern")
     title = "Correct but shallow: contradicting the question is free, a stray tag pays"
     card("p2.png", title, shallow, marks, reasons)
+
+
+def p3(samples: list[dict]) -> None:
+    """Draw a failure of the first steps."""
     ended = [s for s in samples[:10] if s["completion"].endswith("</answer>")]
     failure = min(ended, key=lambda s: s[REWARDS[0]])
     marks = {0: ("<reasoning>", "never closed"), -1: ("</answer>", "no newline after it")}
-    reasons = ["for the whole text, as no newline ends it", *["<reasoning> is never closed"] * 2]
+    why = "for the whole text, as no newline ends it"
+    reasons = explain(failure, why, *["<reasoning> is never closed"] * 2)
     title = "An early failure: wrong, never closed, and penalized for its whole length"
     card("p3.png", title, failure, marks, reasons)
 
 
-def p4(run: str) -> None:
+def p4() -> None:
     """Draw the rewards of the real Qwen, its accuracies and its stray closing tag."""
-    figure, metrics = Figure((8, 6.0)), runs({run: run})[0][1]
+    figure, metrics = Figure((8, 6.0)), runs(QWEN)[0].metrics
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.6, 1])
     draw_rewards(upper, metrics)
     left, right = lower.subplots(1, 2, sharey=True)
@@ -214,24 +225,26 @@ def p4(run: str) -> None:
         draw_curve(left, [100 * m[f"accuracy/{kind}"] for m in metrics], color)
         left.text(1, y, kind, color=color)
     left.set_title("right answers, % of completions")
-    ends = [read(run, "endings.json")[f"step {step}"] for step in range(1, len(metrics) + 1)]
-    tails = [sum(end.get(tail, 0) for tail in STRAY) / sum(end.values()) for end in ends]
-    draw_curve(right, [100 * tail for tail in tails], TAIL)
+    ends = tables.read(QWEN["seed 42"], "endings")
+    steps = [ends[f"step {step}"] for step in range(1, len(metrics) + 1)]
+    stray = [sum(step.get(tail, 0) for tail in STRAY) / sum(step.values()) for step in steps]
+    draw_curve(right, [100 * share for share in stray], TAIL)
     right.set_title("a stray </reasoning> after the answer, % of completions", color=TAIL)
     right.set_ylim(0, 105)
     head(upper, "Qwen's format rewards rise with a stray closing tag that rules out strict format")
     head(lower, "", LINES)
-    save(figure, HERE / "p4.png")
+    save(figure, PICTURES / "p4.png")
 
 
-def time(names: dict[str, str]) -> None:
+def time() -> None:
     """Draw how the time of a step splits, as one bar for each run."""
     figure, most = Figure((8, 2.8)), 0.0
-    for ax, (run, name) in zip(figure.subplots(2, 1), names.items(), strict=True):
-        ((_, metrics, record),) = runs({run: run})
-        parts, left, small = time_split(metrics, read(run, "timers.json")), 0.0, []
-        whole = sum(parts.values())
-        most = max(most, 100 * parts["five rewards"] / whole)
+    models = {"Laptop run": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
+    for ax, (name, columns) in zip(figure.subplots(2, 1), models.items(), strict=True):
+        run = runs(columns)[0]
+        parts = time_split(run.metrics, tables.read(columns["seed 42"], "timers"))
+        whole, left, small = sum(parts.values()), 0.0, []
+        most = max(most, parts["five rewards"] / whole)
         for (part, seconds), color in zip(parts.items(), PARTS, strict=True):
             share = seconds / whole
             ax.barh(0, share, left=left, color=color, edgecolor="white", lw=1.5)
@@ -245,56 +258,60 @@ def time(names: dict[str, str]) -> None:
         ax.text(0, -0.5, "Too small to see: " + ", ".join(small), va="top")
         ax.set(xlim=(0, 1), ylim=(-0.4, 1.1))
         ax.axis("off")
-        cores = record["hardware"]["cores"]
+        cores = run.record["hardware"]["cores"]
         ax.set_title(f"{name}: {whole:.3g} s a step on {cores} cores", fontweight="bold")
-    head(figure, f"Generation is the largest part of a step; the rewards take {most:.2f}% at most")
-    save(figure, HERE / "time.png")
+    head(figure, f"Generation is the largest part of a step; the rewards take {most:.2%} at most")
+    save(figure, PICTURES / "time.png")
 
 
 def passed() -> None:
-    """Draw pass@k before and after training, of the laptop model and of the second Qwen run."""
-    figure, names = Figure((8, 3.5)), ("Laptop model", "Qwen2.5-Coder-0.5B, second run")
-    looks = dict(zip(MEASURED, (":", "--", "-"), strict=True))
-    for ax, name, columns in zip(figure.subplots(1, 2), names, (LAPTOP, QWEN_AGAIN), strict=True):
-        for j, (when, look) in enumerate(looks.items()):
-            cells = pass_at_k(columns, when, "lenient")
-            color = ACCURACY["lenient"] if when == "after_zero_shot" else INK
+    """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
+    models = {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B, second run": QWEN_AGAIN}
+    figure = Figure((8, 3.5))
+    for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
+        single = len(columns) == 1
+        for j, (when, look) in enumerate(zip(MEASURED, (":", "--", "-"), strict=True)):
+            cells = tables.pass_at_k(columns, when, "lenient")
+            color = ACCURACY["lenient"] if when == AFTER else INK
+            style = {"marker": "o", "color": color, "ms": 3, "lw": 1.4}
+            at = [x + 0.08 * (j - 1) * single for x in range(len(cells))]
             for i, curve in enumerate(zip(*cells.values(), strict=True)):
-                at = [x + 0.08 * (j - 1) * (len(columns) == 1) for x in range(len(curve))]
-                label = None if i else MEASURED[when]
-                values = [100 * cell["value"] for cell in curve]
-                ax.plot(at, values, look, marker="o", color=color, ms=3, lw=1.4, label=label)
-                if len(columns) == 1:  # no seeds to show the spread
-                    lines = [[100 * x for x in cell["interval"]] for cell in curve]
-                    ax.vlines(at, *zip(*lines, strict=True), color=color, lw=0.8)
+                shares = [100 * cell["value"] for cell in curve]
+                ax.plot(at, shares, look, label=None if i else MEASURED[when], **style)
+                if single:  # no seeds to show the spread
+                    lows, highs = ([100 * cell[end] for cell in curve] for end in ("low", "high"))
+                    ax.vlines(at, lows, highs, color=color, lw=0.8)
         ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
-        tested = runs(columns)[0][0]["measurements"]["after_zero_shot"]["lenient_accuracy"]["n"]
+        tested = runs(columns)[0].evaluation["measurements"][AFTER]["lenient_accuracy"]["n"]
         ax.set_title(f"{name}: % of {tested} test questions")
         ax.legend(frameon=False, loc="upper left")
-    note = "One of k sampled answers is right in any form (lenient). The axes differ, the left one "
-    note += f"does not begin at 0.\nLeft: a line for each of {len(LAPTOP)} seeds. "
-    note += "Right: one run with 95% intervals."
+    note = (
+        "One of k sampled answers is right in any form (lenient). The axes differ, the left one "
+        f"does not begin at 0.\nLeft: a line for each of {len(LAPTOP)} seeds. "
+        "Right: one run with 95% intervals."
+    )
     head(figure, "With 16 samples the untrained models find as many answers, or more", note)
-    save(figure, HERE / "pass.png")
+    save(figure, PICTURES / "pass.png")
 
 
 def main() -> None:
     """Draw README's pictures; or, with an output directory, the timers and rewards of that run."""
-    if len(sys.argv) > 1:
-        out = Path(sys.argv[1])
-        metrics, timers, _ = collect(out) if any(out.glob("wandb/*run-*/*.wandb")) else ([], {}, {})
-        if len(metrics) < 2:
-            print(f"error: {out} has no W&B files with two steps or more", file=sys.stderr)
-            sys.exit(2)
-        p1(out / "p1.png", metrics, timers)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("out", type=Path, nargs="?", help="output directory of a run of your own")
+    if out := parser.parse_args().out:
+        log = collect(out)
+        if len(log.metrics) < 2:
+            parser.error(f"{out} has no W&B files with two steps or more")
+        p1(out / "p1.png", log.metrics, log.timers)
         return print(out / "p1.png")
-    laptop, qwen = LAPTOP["seed 42"], QWEN["seed 42"]
     result()
-    p1(HERE / "p1.png", runs(LAPTOP)[0][1], read(laptop, "timers.json"))
-    p2_and_p3(read(qwen, "samples.json"))
-    p4(qwen)
+    p1(ASSETS / "p1.png", runs(LAPTOP)[0].metrics, tables.read(LAPTOP["seed 42"], "timers"))
+    p2(tables.read(QWEN["seed 42"], "samples"))
+    p3(tables.read(QWEN["seed 42"], "samples"))
+    p4()
     passed()
-    time({laptop: "Laptop run", qwen: "Qwen2.5-Coder-0.5B"})
+    time()
 
 
 if __name__ == "__main__":

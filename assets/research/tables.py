@@ -1,0 +1,436 @@
+"""Write the tables and the numbers of README and assets/notes from the records in runs/.
+
+    python -m assets.research.tables            # write them
+    python -m assets.research.tables --check    # name the files out of date; exit status 1 if any
+
+A table of TABLES stands between `<!-- name -->` and `<!-- /name -->`, a number of `numbers` right
+before `<!--name-->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from assets.research.record import RUNS, time_split
+from rewards import EXAMPLES, REWARD_FUNCS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/notes/*.md"))]
+# title of the column: folder in runs/
+LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}
+QWEN = {"seed 42": "qwen-half-b"}
+QWEN_AGAIN = {"seed 42": "qwen-vllm"}
+# a closing tag after the answer, in endings.json
+STRAY = ["\n</reasoning>", "\n</reasoning> (the only one)"]
+BEFORE, SHOT, AFTER = "before_zero_shot", "before_one_shot", "after_zero_shot"
+MEASURED = {BEFORE: "untrained", SHOT: "untrained, one-shot", AFTER: "trained"}
+LAPTOP_MEAN = "laptop model, mean of 3 seeds"  # columns of `results`
+ONE_QWEN = "Qwen2.5-Coder-0.5B, 1 seed"
+REWARDS = ["xmlcount", "soft", "strict", "int", "correct"]
+STRICT_FORMAT = "rewards/strict_format_reward_func/mean"
+COURSE = {  # title: metric, format
+    "soft format reward, at most 0.5": ("rewards/soft_format_reward_func/mean", "{:.3f}"),
+    "strict format reward, at most 0.5": (STRICT_FORMAT, "{:.3f}"),
+    "its standard deviation": ("rewards/strict_format_reward_func/std", "{:.3f}"),
+    "xmlcount reward, at most 0.5": ("rewards/xmlcount_reward_func/mean", "{:.3f}"),
+    "correctness reward, at most 2": ("rewards/simple_correctness_reward_func/mean", "{:.3f}"),
+    "groups in which all rewards are equal": ("frac_reward_zero_std", "{:.0%}"),
+    "tokens a completion": ("completions/mean_length", "{:.1f}"),
+    "KL to the untrained model": ("kl", "{:.3f}"),
+}
+
+
+class Run(NamedTuple):
+    """A run on record."""
+
+    evaluation: dict  # evaluation.json
+    metrics: list[dict]  # a dict a step
+    record: dict  # record.json
+
+
+def read(name: str, file: str):
+    """Return a JSON file of a record."""
+    return json.loads((RUNS / name / f"{file}.json").read_text())
+
+
+def read_lines(file: str) -> list:
+    """Return the values of a file in runs/ with a JSON value a line."""
+    return [json.loads(line) for line in (RUNS / file).read_text().splitlines()]
+
+
+def runs(columns: dict[str, str]) -> list[Run]:
+    """Return the run of each column."""
+    found = []
+    for name in columns.values():
+        metrics = read_lines(f"{name}/metrics.jsonl")
+        found.append(Run(read(name, "evaluation"), metrics, read(name, "record")))
+    return found
+
+
+def lines(name: str) -> dict[str, list[dict]]:
+    """Return the runs of an experiment by what was changed, a dict for each seed."""
+    changes: dict[str, list[dict]] = {}
+    for row in read_lines(f"{name}.jsonl"):
+        changes.setdefault(row["change"], []).append(row)
+    return changes
+
+
+def values(columns: dict[str, str], when: str, what: str) -> list[float]:
+    """Return a figure of the evaluation, without its interval, for each run."""
+    return [run.evaluation["measurements"][when][what]["value"] for run in runs(columns)]
+
+
+def pass_at_k(columns: dict[str, str], when: str, kind: str) -> dict[int, list[dict]]:
+    """Return k -> pass@k of each run (value, n, low, high), at one of the three measurements."""
+    evaluations = [run.evaluation for run in runs(columns)]
+    if not all("pass" in evaluation for evaluation in evaluations):
+        sys.exit("a record has no pass@k: make it with --eval_generations 16")
+    found = [evaluation["pass"][when][f"{kind}_accuracy"] for evaluation in evaluations]
+    return {int(k): [shares[k] for shares in found] for k in found[0]}
+
+
+def mean_value(figures: list[dict]) -> float:
+    """Return the mean over runs of a figure."""
+    return mean(figure["value"] for figure in figures)
+
+
+def ten_step_means(metrics: list[dict], key: str) -> list[float]:
+    """Return the means of all ten consecutive steps of a run."""
+    return [mean(m[key] for m in metrics[i - 10 : i]) for i in range(10, len(metrics) + 1)]
+
+
+def at_the_end(row: dict, key: str = STRICT_FORMAT) -> float:
+    """Return the mean of the last ten steps of a run of an experiment."""
+    return mean(row["curve"][key][-10:])
+
+
+def steps_until_format(row: dict) -> int:
+    """Return the first step at which half of the last five steps' samples were strict; else 61."""
+    curve = row["curve"][STRICT_FORMAT]
+    return next((i for i in range(5, 61) if sum(curve[i - 5 : i]) >= 5 * 0.25), 61)
+
+
+def time_shares(name: str) -> dict[str, float]:
+    """Return the share of each part of a step in a run's time."""
+    split = time_split(read_lines(f"{name}/metrics.jsonl"), read(name, "timers"))
+    return {part: seconds / sum(split.values()) for part, seconds in split.items()}
+
+
+def table(titles: list[str], rows: list[list]) -> str:
+    """Return a Markdown table."""
+    cells = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells)
+
+
+def code(text: str) -> str:
+    """Return a text as code in a Markdown table."""
+    return "`" + text.replace("\n", "\\n") + "`"
+
+
+def spread(values: list[float], form: str = "{:.1%}") -> list[str]:
+    """Return two cells: the mean over seeds, and half of the range."""
+    return [form.format(mean(values)), form.format((max(values) - min(values)) / 2)]
+
+
+def with_widest(figures: list[dict], form: str = "{:.1%}") -> list[str]:
+    """Return a cell for each figure, and one for the widest half of their 95% intervals."""
+    halves = [(figure["high"] - figure["low"]) / 2 for figure in figures]
+    return [form.format(x) for x in [*(figure["value"] for figure in figures), max(halves)]]
+
+
+def results() -> str:
+    """Return the finding in five rows: laptop (three seeds), real Qwen."""
+    rows = []
+    for what in ("soft_format", "strict_accuracy", "lenient_accuracy"):
+        means = [mean(values(columns, AFTER, what)) for columns in (LAPTOP, QWEN)]
+        rows.append([f"{what.replace('_', ' ')}, trained", *map("{:.1%}".format, means)])
+    shot = [values(columns, SHOT, "strict_accuracy")[0] for columns in (LAPTOP, QWEN)]
+    rows.append(["strict accuracy, untrained, one-shot", *map("{:.1%}".format, shot)])
+    gains = [[run.evaluation["gain"]["reasoning"] for run in runs(c)] for c in (LAPTOP, QWEN)]
+    points = [f"{100 * mean_value(gain):+.1f}" for gain in gains]
+    rows.append(["due to reasoning, points", *points])
+    return table(["on test questions", LAPTOP_MEAN, ONE_QWEN], rows)
+
+
+def evaluation() -> str:
+    """Return the evaluation of the laptop run: mean of three seeds, half of their range."""
+    rows = []
+    for what in ("soft_format", "strict_format", "strict_accuracy", "lenient_accuracy", "tokens"):
+        form = "{:.1f}" if what == "tokens" else "{:.1%}"
+        untrained = [form.format(values(LAPTOP, when, what)[0]) for when in (BEFORE, SHOT)]
+        after = spread(values(LAPTOP, AFTER, what), form)
+        rows.append([what.replace("_", " "), *untrained, *after])
+    return table(["512 test questions", *MEASURED.values(), "± over seeds"], rows)
+
+
+def gains() -> str:
+    """Return the gain of each laptop run and what of it is due to reasoning."""
+    rows = []
+    for title, run in zip(LAPTOP, runs(LAPTOP), strict=True):
+        strict, lenient = (run.evaluation["gain"][key] for key in ("strict_accuracy", "reasoning"))
+        shown = [strict["value"], lenient["value"], lenient["low"], lenient["high"]]
+        rows.append([title, *(f"{100 * share:+.1f}" for share in shown)])
+    titles = ["strict accuracy gained", "due to reasoning"]
+    return table(["points", *titles, "its 95% interval from", "to"], rows)
+
+
+def course(columns: dict[str, str]) -> str:
+    """Return what changes during a run: the first, the highest and the last ten steps."""
+    titles = ["mean of ten steps", "first", "highest", "last", "± over seeds"]
+    rows = []
+    for title, (key, form) in COURSE.items():
+        tens = [ten_step_means(run.metrics, key) for run in runs(columns)]
+        first = form.format(mean(ten[0] for ten in tens))
+        highest = form.format(mean(max(ten) for ten in tens))
+        rows.append([title, first, highest, *spread([ten[-1] for ten in tens], form)])
+    shown = 4 if len(columns) == 1 else 5  # one run has no spread
+    return table(titles[:shown], [row[:shown] for row in rows])
+
+
+def passed() -> str:
+    """Return pass@k of the laptop model: untrained with both prompts, and trained."""
+    plain = pass_at_k(LAPTOP, BEFORE, "lenient")
+    shot = pass_at_k(LAPTOP, SHOT, "strict")
+    after = pass_at_k(LAPTOP, AFTER, "strict")
+    rows = []
+    for k in plain:
+        untrained = [f"{mean_value(cells[k]):.1%}" for cells in (plain, shot)]
+        rows.append([k, *untrained, *spread([figure["value"] for figure in after[k]])])
+    titles = ["untrained, lenient", "untrained, one-shot, strict", "trained, strict"]
+    return table(["k", *titles, "± over seeds"], rows)
+
+
+def qwen_passed() -> str:
+    """Return pass@k of the real Qwen2.5, with the widest half of the 95% intervals in a row."""
+    columns = {
+        f"{title}, {kind}": pass_at_k(QWEN_AGAIN, when, kind)
+        for kind in ("lenient", "strict")
+        for when, title in MEASURED.items()
+    }
+    ks = next(iter(columns.values()))
+    rows = [[k, *with_widest([column[k][0] for column in columns.values()])] for k in ks]
+    return table(["k", *columns, "95% interval, at most ±"], rows)
+
+
+def qwen() -> str:
+    """Return the evaluation of the real Qwen2.5, with the widest half of the 95% intervals."""
+    (run,) = runs(QWEN)
+    rows = []  # strict format is 0 throughout
+    for what in ("soft_format", "strict_accuracy", "lenient_accuracy", "truncated", "tokens"):
+        form = "{:.0f}" if what == "tokens" else "{:.1%}"
+        found = [run.evaluation["measurements"][when][what] for when in MEASURED]
+        rows.append([what.replace("_", " "), *with_widest(found, form)])
+    return table(["200 test questions", *MEASURED.values(), "95% interval, at most ±"], rows)
+
+
+def tails() -> str:
+    """Return how the completions of the real Qwen end, from its endings.json."""
+    ends = read(QWEN["seed 42"], "endings")
+    steps = [key for key in ends if key.startswith("step ")]
+    columns = {title: [when] for when, title in MEASURED.items()}
+    columns |= {"steps 1 to 10": steps[:10], "last ten steps": steps[-10:]}
+    counts = [sum((Counter(ends[key]) for key in keys), Counter()) for keys in columns.values()]
+    words = {"": "nothing", "other": "anything else", "none": "there is no `</answer>`"}
+    words |= {STRAY[0]: f"{code(STRAY[0])}, a second one"}
+    words |= {STRAY[1]: f"{code(STRAY[0])}, the only one"}
+    named = {tail for count in counts for tail in count} - {"other", "none"}
+    rows = []
+    for tail in [*sorted(named, key=lambda tail: (len(tail), tail)), "other", "none"]:
+        shares = [count[tail] / count.total() for count in counts]
+        rows.append([words.get(tail, code(tail)), *map("{:.1%}".format, shares)])
+    return table(["what follows the last `</answer>`", *columns], rows)
+
+
+def reliability() -> str:
+    """Return what tests/test_nothing_lost.py and tests/test_rewards.py tried."""
+    rows = [row for row in read_lines("reliability.jsonl") if row[2]]  # what can recover
+    assert all(recovered == tried for _, tried, recovered, _ in rows)
+    return table(["fault", "tried"], [row[:2] for row in rows])
+
+
+def examples() -> str:
+    """Return the five rewards by example, as `python rewards.py` prints them."""
+    rows = []
+    for _, text, why in EXAMPLES:
+        got = [f(completions=[[{"content": text}]], answer=["18"])[0] for f in REWARD_FUNCS]
+        rows.append([code(text), *(f"{reward:.3f}" for reward in got), f"**{sum(got):.3f}**", why])
+    return table(["completion; the gold answer is 18", *REWARDS, "sum", "why"], rows)
+
+
+def group(count: int | None = None) -> str:
+    """Return a group of the run on record, or `count` of it: its rewards and advantages."""
+    completions = read(LAPTOP["seed 42"], "group")
+    got = [[row[f.__name__] for f in REWARD_FUNCS] for row in completions]
+    sums = [sum(rewards) for rewards in got]
+    middle, deviation = mean(sums), stdev(sums)
+    rows = []
+    for row, rewards, total in zip(completions, got, sums, strict=True):
+        cells = [f"{reward:.3f}" for reward in [*rewards, total]]
+        advantage = (total - middle) / (deviation + 1e-4)
+        rows.append([code(row["completion"]), *cells, f"{advantage:+.3f}"])
+    shown = f"{len(rows)} completions"
+    if count:  # of different rewards, the best and the worst among them
+        shown = f"{count} of {shown}"
+        rows = sorted({row[-1]: row for row in rows}.values(), key=lambda row: -float(row[-1]))
+        rows = [*rows[: count - 1], rows[-1]]
+    first = completions[0]
+    text = (
+        f"Step {first['step']} of the laptop run, the question with the most varied rewards: "
+        f"*{first['question']}* The gold answer is {first['gold']}; the rewards of the group have "
+        f"a mean of {middle:.3f} and a standard deviation of {deviation:.3f}.\n\n"
+    )
+    return text + table([shown, *REWARDS, "reward", "advantage"], rows)
+
+
+def settings() -> str:
+    """Return how the laptop's learning rate was chosen: other seeds, validation questions."""
+    rows = []
+    for change, seeds in lines("settings").items():
+        reward = spread([at_the_end(row) for row in seeds], "{:.3f}")
+        after = spread([row["measured"][AFTER]["lenient_accuracy"] for row in seeds])
+        rows.append([change.removeprefix("learning rate "), *reward, *after])
+    titles = ["strict format reward, last ten steps", "±", "lenient accuracy, trained", "±"]
+    return table(["learning rate", *titles], rows)
+
+
+def parts() -> str:
+    """Return what each part of the recipe does: the laptop run with one thing changed."""
+    rows = []
+    for change, seeds in lines("parts").items():
+        accuracy = spread([row["measured"][AFTER]["strict_accuracy"] for row in seeds])
+        steps = [steps_until_format(row) for row in seeds]
+        until = ["never", ""] if max(steps) > 60 else spread(steps, "{:.0f}")
+        strict = spread([2 * at_the_end(row) for row in seeds], "{:.0%}")
+        kl = "not measured"
+        if any(any(row["curve"]["kl"]) for row in seeds):
+            kl = f"{mean(at_the_end(row, 'kl') for row in seeds):.2f}"
+        rows.append([change, *accuracy, *until, *strict, kl])
+    titles = ["changed", "strict accuracy", "±", "steps until format", "±"]
+    return table([*titles, "strict XML, last ten steps", "±", "KL"], rows)
+
+
+def updates() -> str:
+    """Return what bf16 does to small updates: six steps, and how far the weights have moved."""
+    rows = []
+    for change, seeds in lines("updates").items():
+        changed = mean(row["moved"]["changed"] for row in seeds)
+        distance = mean(row["moved"]["distance"] for row in seeds)
+        dtype, rate = change.split(", learning rate ")
+        rows.append([dtype, rate, f"{changed:.1%}", f"{distance:.1e}"])
+    return table(["weights, Adam's state", "learning rate", "weights changed", "distance"], rows)
+
+
+def benchmark() -> str:
+    """Return the time split of benchmark.md, and its GPU table if there is one."""
+    _, *parts = Path(__file__).with_name("benchmark.md").read_text().split("### ")
+    _, split, _, *gpu = [part.split("\n\n")[1].strip() for part in parts]
+    return "\n\n".join([split, *gpu]) + "\n"
+
+
+TABLES = {
+    "results": results,
+    "three": lambda: group(3),
+    "evaluation": evaluation,
+    "gains": gains,
+    "course": lambda: course(LAPTOP),
+    "passed": passed,
+    "qwen_passed": qwen_passed,
+    "qwen": qwen,
+    "qwen_course": lambda: course(QWEN),
+    "qwen_again_course": lambda: course(QWEN_AGAIN),
+    "tails": tails,
+    "reliability": reliability,
+    "examples": examples,
+    "group": group,
+    "settings": settings,
+    "parts": parts,
+    "updates": updates,
+    "benchmark": benchmark,
+}
+
+
+def cell(name: str, row: str, column: str) -> str:
+    """Return a cell of a table by the beginning of its row and the title of its column."""
+    text = TABLES[name]()
+    titles = text.splitlines()[0][2:-2].split(" | ")
+    (found,) = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
+    return found[2:-2].split(" | ")[titles.index(column)]
+
+
+CELLS = {  # README's numbers that stand in a table: its name, row, column
+    "strict_first": ("course", "strict format reward, at most 0.5", "first"),
+    "strict_last": ("course", "strict format reward, at most 0.5", "last"),
+    "laptop_reasoning": ("results", "due to reasoning, points", LAPTOP_MEAN),
+    "qwen_reasoning": ("results", "due to reasoning, points", ONE_QWEN),
+    "laptop_shot": ("results", "strict accuracy, untrained, one-shot", LAPTOP_MEAN),
+    "qwen_shot": ("results", "strict accuracy, untrained, one-shot", ONE_QWEN),
+    "laptop_trained": ("results", "strict accuracy, trained", LAPTOP_MEAN),
+    "qwen_trained": ("results", "strict accuracy, trained", ONE_QWEN),
+    "laptop_pass1": ("passed", "1", "trained, strict"),
+    "laptop_pass16": ("passed", "16", "trained, strict"),
+    "shot_pass1": ("passed", "1", "untrained, one-shot, strict"),
+    "shot_pass16": ("passed", "16", "untrained, one-shot, strict"),
+    "qwen_pass1": ("qwen_passed", "1", "trained, lenient"),
+    "qwen_pass16": ("qwen_passed", "16", "trained, lenient"),
+    "plain_pass1": ("qwen_passed", "1", "untrained, lenient"),
+    "plain_pass16": ("qwen_passed", "16", "untrained, lenient"),
+    "stray": ("tails", f"{code(STRAY[0])}, a second one", "trained"),
+    "no_correctness": ("parts", "without correctness", "strict accuracy"),
+    "only_sampled": ("parts", "correctness only", "strict XML, last ten steps"),
+    "moved_bf16": ("updates", "bfloat16 | 5e-6", "weights changed"),
+    "moved_fp32": ("updates", "float32 | 5e-6", "weights changed"),
+}
+
+
+def numbers() -> dict[str, str]:
+    """Return the numbers of README's findings by name."""
+    found = {name: cell(*place) for name, place in CELLS.items()}
+    only = lines("parts")["correctness only"]
+    found["only_greedy"] = f"{mean(row['measured'][AFTER]['strict_format'] for row in only):.0%}"
+    found["again_strict"] = f"{values(QWEN_AGAIN, AFTER, 'strict_format')[0]:.1%}"
+    laptop, qwen = (time_shares(columns["seed 42"]) for columns in (LAPTOP, QWEN))
+    found["laptop_generate"] = f"{laptop['generate']:.0%}"
+    found["laptop_rewards"] = f"{laptop['five rewards']:.2%}"
+    found["qwen_generate"] = f"{qwen['generate']:.0%}"
+    return found
+
+
+def fill(page: str, named: dict[str, str]) -> str:
+    """Return the text of a page with its tables, and its numbers by name, made anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if end in page:
+            before, _, rest = page.partition(start)
+            page = before + start + make() + end + rest.partition(end)[2]
+    for name, number in named.items():
+        page = re.sub(rf"[-+.%\d]*<!--{name}-->", f"{number}<!--{name}-->", page)
+    return page
+
+
+def main() -> None:
+    """Write tables and numbers into their pages; with `--check`, only say what would change."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--check", action="store_true", help="only name the files out of date")
+    check, named = parser.parse_args().check, numbers()
+    pages = {path: path.read_text() for path in PAGES}
+    shown = re.findall(r"<!--(?: /)?(\w+) ?-->", "".join(pages.values()))
+    if lost := set(shown) ^ (TABLES.keys() | named.keys()):
+        sys.exit(f"markers on a page or in tables.py, but not in both: {', '.join(sorted(lost))}")
+    changed = {path: new for path, old in pages.items() if (new := fill(old, named)) != old}
+    for path, text in changed.items():
+        print("out of date:" if check else "wrote", path.relative_to(ROOT))
+        if not check:
+            path.write_text(text)
+    if not changed:
+        print("all tables and numbers are up to date")
+    sys.exit(1 if check and changed else 0)
+
+
+if __name__ == "__main__":
+    main()
