@@ -36,12 +36,12 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
     need. Greedy decoding takes no random numbers; else answers are sampled as in training.
 
     Returns a dict per prompt, in order and on every process: `completion` (text), `tokens` (with
-    the token that ends the text), `truncated` (no end within the limit), `stray` (a special token
-    before the end, or None).
+    the token that ends the text), `truncated` (no end within the limit), `stray` (the first special
+    token before the end, or '').
     """
     tokenizer, accelerator, answers = trainer.processing_class, trainer.accelerator, []
     backend = generate_with_vllm if trainer.use_vllm else generate_with_transformers
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     extra = -len(prompts) % accelerator.num_processes
     trainer.model.eval()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
@@ -57,7 +57,7 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
             inner = tokens[: ends[0]] if ends else tokens
             text = tokenizer.decode(inner, skip_special_tokens=True)
             length = ends[0] + 1 if ends else len(tokens)
-            stray = next((tokenizer.decode(token) for token in inner if token in special), None)
+            stray = next((special[token] for token in inner if token in special), "")
             end = {"tokens": length, "truncated": not ends, "stray": stray}
             answers.append({"completion": text, **end})
     return gather_object(answers)[: len(prompts)]
@@ -125,11 +125,15 @@ class Evaluation:
 
         With `eval_generations` also pass@k: is one of k sampled answers right?
         """
-        self.answers[name] = self.answer(trainer, name, one_shot)
+        answers = self.answers[name] = self.answer(trainer, name, one_shot)
+        strays = [answer["stray"] for answer in answers if answer.get("stray")]
+        if strays and len(self.answers) == 1:
+            what = f"{len(strays)} of {len(answers)} answers go on after {strays[0]}"
+            print_error(f"warning: {what}: add its id to eos_token_id in generation_config.json")
         if n := self.args.eval_generations:
             sampled = self.answer(trainer, name, one_shot, n)
             self.passed[name] = verdict.summarize_samples(sampled, n)
-        return self.answers[name]
+        return answers
 
     def answer(
         self, trainer: GRPOTrainer, name: str, one_shot: bool, samples: int = 0
@@ -154,10 +158,6 @@ class Evaluation:
             with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
                 torch.manual_seed(args.seed + done + args.process_index)
                 made = generate(trainer, prompts, greedy=not samples)
-            strays = [token for row in made if (token := row.pop("stray", None))]
-            if strays and not done and not self.answers:  # once a run
-                what = f"{len(strays)} of {len(made)} answers go on after {strays[0]}"
-                print_error(f"warning: {what}: add it to eos_token_id in generation_config.json")
             for (question, gold), row in zip(batch, made, strict=True):
                 scores = score(row["completion"], gold)
                 answers.append({"question": question, "gold": gold, **row, **scores})

@@ -239,8 +239,8 @@ def check_template(args: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, pro
         print_error(f"warning: the chat template has no system role: {where}")
     with as_user_error("the chat template cannot show a prompt", TemplateError):
         text = tokenizer.apply_chat_template(prompt, **more)
-    if lost := [content for content in (system, *others) if content not in text]:
-        raise UserError(f"the chat template loses or changes {lost[0]!r}: use another template")
+    if lost := [content[:50] for content in (system, *others) if content not in text]:
+        print_error(f"warning: the chat template loses or changes {lost}: use another template")
     if tag := re.search(r"<\w+>\s*$", text):
         off = "enable_thinking" in tokenizer.get_chat_template()
         cure = """--chat_template_kwargs '{"enable_thinking": false}'""" if off else "another model"
