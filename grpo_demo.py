@@ -373,6 +373,8 @@ def prepare_trainer(
     where = f"{name!r} (a hub id, or a folder in {os.getcwd()})"
     with as_user_error(f"cannot load model {where}", ImportError):  # a package is missing
         model, tokenizer = load_model(args, model_args)
+    settings.check_template(args, tokenizer, make_prompt(rows["question"][0], one_shot=True))
+    settings.check_stops(args, model, tokenizer)
     with as_user_error("TRL refuses these settings"):
         settings.check_prompts(args, model, tokenizer, rows)
         trainer = build_trainer(args, model_args, model, tokenizer, rows, held_out)

@@ -36,10 +36,12 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
     need. Greedy decoding takes no random numbers; else answers are sampled as in training.
 
     Returns a dict per prompt, in order and on every process: `completion` (text), `tokens` (with
-    the token that ends the text) and `truncated` (no end within the limit).
+    the token that ends the text), `truncated` (no end within the limit), `stray` (the first special
+    token before the end, or '').
     """
     tokenizer, accelerator, answers = trainer.processing_class, trainer.accelerator, []
     backend = generate_with_vllm if trainer.use_vllm else generate_with_transformers
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     extra = -len(prompts) % accelerator.num_processes
     trainer.model.eval()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
@@ -52,9 +54,12 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
         )["input_ids"]
         for tokens in backend(trainer, ids, greedy):
             ends = [i for i, token in enumerate(tokens) if token in trainer.eos_token_ids]
-            text = tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True)
+            inner = tokens[: ends[0]] if ends else tokens
+            text = tokenizer.decode(inner, skip_special_tokens=True)
             length = ends[0] + 1 if ends else len(tokens)
-            answers.append({"completion": text, "tokens": length, "truncated": not ends})
+            stray = next((special[token] for token in inner if token in special), "")
+            end = {"tokens": length, "truncated": not ends, "stray": stray}
+            answers.append({"completion": text, **end})
     return gather_object(answers)[: len(prompts)]
 
 
@@ -120,13 +125,17 @@ class Evaluation:
 
         With `eval_generations` also pass@k: is one of k sampled answers right?
         """
-        self.answers[name] = self.answer(trainer, name, one_shot)
+        answers = self.answers[name] = self.answer(trainer, name, one_shot)
+        strays = [answer["stray"] for answer in answers if answer.get("stray")]
+        if strays and len(self.answers) == 1:
+            what = f"{len(strays)} of {len(answers)} answers go on after {strays[0]}"
+            print_error(f"warning: {what}: add its id to eos_token_id in generation_config.json")
         if n := self.args.eval_generations:
             from assets import pass_at_k  # which no other run needs
 
             sampled = self.answer(trainer, name, one_shot, n)
             self.passed[name] = pass_at_k.summarize_samples(sampled, n)
-        return self.answers[name]
+        return answers
 
     def answer(
         self, trainer: GRPOTrainer, name: str, one_shot: bool, samples: int = 0

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import re
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import get_type_hints
@@ -14,6 +15,7 @@ from typing import get_type_hints
 import torch
 import trl
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -214,16 +216,81 @@ def check_sampling(options: object, use_vllm: bool) -> None:
         raise UserError(f"{what}: the temperature must be a number above 0")
 
 
+# Put before a chat template that knows no system role
+MERGE_SYSTEM = """\
+{%- if messages[0]['role'] == 'system' %}
+    {%- set text = messages[0]['content'] + '\\n' + messages[1]['content'] %}
+    {%- set messages = [{'role': 'user', 'content': text}] + messages[2:] %}
+{%- endif %}"""
+
+
+def check_template(args: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, prompt: list) -> None:
+    """Make the chat template show a prompt's messages, each whole; UserError if it cannot.
+
+    Without a system role, the system prompt goes in front of the first question. Warns of a tag
+    that the template opens for the model.
+    """
+    if not tokenizer.chat_template:
+        instead = "use its instruct version, or write chat_template.jinja in the model's folder"
+        raise UserError(f"the model has no chat template, so it is a base model: {instead}")
+    more = {"tokenize": False, "add_generation_prompt": True, **(args.chat_template_kwargs or {})}
+    system, *others = [message["content"].strip() for message in prompt]
+    try:
+        shown = tokenizer.apply_chat_template(prompt, **more).count(system)
+    except TemplateError:  # "System role not supported"
+        shown = 0
+    if system and shown != 1:
+        tokenizer.chat_template = MERGE_SYSTEM + tokenizer.get_chat_template()
+        where = "the system prompt is put in front of the first question"
+        print_error(f"warning: the chat template has no system role: {where}")
+    with as_user_error("the chat template cannot show a prompt", TemplateError):
+        text = tokenizer.apply_chat_template(prompt, **more)
+    if lost := [content[:50] for content in (system, *others) if content not in text]:
+        print_error(f"warning: the chat template loses or changes {lost}: use another template")
+    if tag := re.search(r"<\w+>\s*$", text):
+        off = "enable_thinking" in tokenizer.get_chat_template()
+        cure = """--chat_template_kwargs '{"enable_thinking": false}'""" if off else "another model"
+        why = "rewards see only what follows, so the format cannot be learned as it is"
+        print_error(f"warning: the chat template opens {tag[0].strip()}: {why}; use {cure}")
+
+
+def check_stops(
+    args: trl.GRPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Warn if generation does not stop where the template ends a turn; UserError if nowhere."""
+    turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, **(args.chat_template_kwargs or {}))
+    rest = text.rpartition("ANSWER")[2].strip()
+    ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    end = max((token for token in ids if rest.startswith(token)), key=len, default=None)
+    stops = model.generation_config.eos_token_id  # TRL stops there, and at the tokenizer's
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    if tokenizer.eos_token is None:
+        if not (end or stops):
+            where = "write eos_token in tokenizer_config.json in the model's folder"
+            raise UserError(f"generation would never stop, the tokenizer has no eos_token: {where}")
+        tokenizer.eos_token = end or tokenizer.convert_ids_to_tokens(stops[0])
+        tokenizer.pad_token = tokenizer.eos_token
+        print_error(f"warning: the tokenizer has no eos_token: {tokenizer.eos_token} is taken")
+    stops = [tokenizer.eos_token_id, *stops]
+    if end and ids[end] not in stops:
+        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(set(stops)))))
+        cure = f'"eos_token_id": {[ids[end], *sorted(set(stops))]} in generation_config.json'
+        what = f"the chat template ends a turn with {end}, but generation stops only at {names}"
+        print_error(f"warning: {what}: write {cure} in the model's folder")
+
+
 def check_prompts(
     args: trl.GRPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
 ) -> None:
     """Warn of long prompts and of control tokens; UserError if a prompt leaves no room."""
-    ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)
+    more = {"add_generation_prompt": True, **(args.chat_template_kwargs or {})}
+    ids = tokenizer.apply_chat_template(rows["prompt"][:], **more)
     lengths = [len(prompt) for prompt in ids["input_ids"]]
     if long := sum(n > args.max_prompt_length for n in lengths):
         over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
         print_error(f"warning: {over} (up to {max(lengths)}); they are kept whole")
-    special = tokenizer.all_special_tokens
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     if ends := sum(any(token in q for token in special) for q in rows["question"]):
         print_error(f"warning: {ends} questions have tokens that end a turn")
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf

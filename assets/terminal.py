@@ -188,11 +188,17 @@ class Health(TrainerCallback):
         finite = math.isfinite(logs.get("loss", 0.0)) and self.skipped <= (20 if args.fp16 else 0)
         self.broken = self.broken or not finite
         cut_off = (logs.get("completions/clipped_ratio") or 0) > 0.5
+        cure = "raise --max_completion_length"
+        if formats[0] > 0.25:  # most are in the format too, so some go on after </answer>
+            cure = "some go on after </answer>: is the model's end token in eos_token_id, "
+            cure += "in generation_config.json in its folder?"
+        if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
+            cure = "KL is above 2, the model has collapsed: lower --learning_rate"
         no_format = state.global_step >= 50 and not self.formatted
         problems = {
             "no reward variance in any group for 20 steps: nothing is learned": self.flat_steps
             >= 20,
-            "most completions are cut off: raise --max_completion_length": cut_off,
+            f"most completions are cut off: {cure}": cut_off,
             "format rewards are still 0: look at the completions": no_format,
             "the loss or a weight is not finite: stopping": self.broken,
         }

@@ -26,6 +26,7 @@ class Answer(TypedDict):
     completion: str
     tokens: int  # with the token that ends the text
     truncated: bool  # no end within the limit
+    stray: str  # the first special token before the end, or ''
     strict_format: bool
     soft_format: bool
     strict_accuracy: bool
