@@ -78,7 +78,7 @@ def test_no_usable_row_is_an_error(tmp_path, lines):
     with pytest.raises(ValueError, match="no usable row"):
         get_gsm8k_questions("train", data)
     args, _ = laptop(tmp_path, "--dataset_name", data)
-    with pytest.raises(UserError, match="no split 'train' in dataset .*: no usable row"):
+    with pytest.raises(UserError, match=r"no split 'train' in dataset .*: no usable row"):
         load_questions(args, "train")
 
 
