@@ -30,6 +30,12 @@ The training step matches the gist's on TRL 0.14. These differences change what 
  4. sdpa attention if flash-attn is not installed; the gist required flash-attn.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "datasets==5.2.0",
+#     "peft==0.21.2", "accelerate==1.15.0", "wandb==0.31.0"]
+# ///
+
 import gzip
 import json
 import logging
