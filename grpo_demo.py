@@ -377,8 +377,13 @@ def prepare_trainer(
     """Load the model and build the trainer; UserError for what does not load or fit together."""
     name = model_args.model_name_or_path
     where = f"{name!r} (a hub id, or a folder in {os.getcwd()})"
+    if (file := Path(name, "adapter_config.json")).exists():
+        where += f", an adapter of {json.loads(file.read_text())['base_model_name_or_path']!r}"
     with as_user_error(f"cannot load model {where}", ImportError):  # a package is missing
         model, tokenizer = load_model(args, model_args)
+    rank = model.peft_config["default"].r if isinstance(model, PeftModel) else LORA_R
+    if model_args.lora_r not in (LORA_R, rank):
+        print_error(f"warning: --lora_r is ignored: the loaded adapter has rank {rank}")
     settings.check_template(args, tokenizer, make_prompt(rows["question"][0], one_shot=True))
     settings.check_stops(args, model, tokenizer)
     with as_user_error("TRL refuses these settings"):
@@ -472,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("TRACEBACK") or not (out_of_memory or isinstance(error, UserError)):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print_error(terminal.OUT_OF_MEMORY if out_of_memory else f"error: {text}")
+        print_error(terminal.describe_out_of_memory() if out_of_memory else f"error: {text}")
         raise SystemExit(2) from None
 
 

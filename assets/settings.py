@@ -158,8 +158,7 @@ def check_gpu(args: trl.GRPOConfig) -> None:
         one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
         raise UserError(f"{gpus} GPUs, 1 process. Use {n}: accelerate launch {run}; or 1: {one}")
     if gpus and args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        flags = "--bf16 False --fp16 True --dtype float32"
-        flags += ", and --use_peft if the memory is too small (--estimate_memory tells)"
+        flags = "--config assets/cards/16gb.yaml, or --bf16 False --fp16 True --dtype float32"
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
 
 
