@@ -17,6 +17,7 @@ from datetime import datetime
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -24,7 +25,6 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import TrainerCallback
 from trl import GRPOConfig, ModelConfig
-from wandb.sdk.lib.runid import generate_id
 
 from assets import wandb_run
 from assets.common import UserError, first_process, print_error, print_once, write_json
@@ -115,7 +115,7 @@ def claim(args: GRPOConfig, config: dict) -> Run:
     lock(out)
     free = {name for name in config for part in FREE_SETTINGS.split() if fnmatch(name, part)}
     settings = {name: str(value) for name, value in config.items() if name not in free}
-    new = {"settings": settings, "wandb_id": generate_id(), "finished": False}
+    new = {"settings": settings, "wandb_id": token_hex(4), "finished": False}
     new["overwrote"] = args.overwrite_output
     old = read_record(out, args.overwrite_output)
     same_command = old == {**new, "wandb_id": old.get("wandb_id")}
