@@ -210,9 +210,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
     parser = settings.Parser([DemoConfig, ModelConfig], __doc__.split("GRPO in six lines")[0])
-    names = {action.dest.upper() for action in parser._actions}
+    constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     parser.set_defaults_with_config(
-        **{name.lower(): value for name, value in globals().items() if name in names}
+        **{name: value for name, value in constants.items() if name in parser.hints}
     )
     with as_user_error("settings", TypeError, YAMLError):
         args, model_args = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)

@@ -51,7 +51,7 @@ def print_banner(trainer: GRPOTrainer) -> None:
         card = torch.cuda.get_device_properties(args.device)
         device = f"{card.name}, {card.total_memory / 1e9:.1f} GB"
     trained = trainer.get_num_trainable_parameters()
-    print_once(f"model   {model.config._name_or_path}, {model.dtype}")
+    print_once(f"model   {model.config.name_or_path}, {model.dtype}")
     print_once(f"        {model.num_parameters():,} parameters, {trained:,} of them trained")
     print_once(
         f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention"

@@ -11,7 +11,7 @@ from conftest import ROOT
 def test_the_reward_in_readme_works_when_pasted(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (block,) = [block for block in blocks if "REWARD_FUNCS.append" in block]
-    assert len(block.splitlines()) == 4
+    assert len([line for line in block.splitlines() if line]) <= 4
     before, after = re.fullmatch(
         r"(.*\nREWARD_FUNCS = \[.*?\n\]\n)(.*)", (ROOT / "rewards.py").read_text(), re.DOTALL
     ).groups()
