@@ -21,7 +21,7 @@ except ModuleNotFoundError:
 
 from assets.research import tables
 from assets.research.record import collect, time_split
-from assets.research.tables import AFTER, LAPTOP, MEASURED, QWEN, QWEN_AGAIN, ROOT, STRAY, runs
+from assets.research.tables import AFTER, FIRST_QWEN, LAPTOP, MEASURED, QWEN, ROOT, STRAY, runs
 from rewards import EXAMPLES, REWARD_FUNCS, count_xml
 
 ASSETS = ROOT / "assets"
@@ -227,7 +227,7 @@ def p3(samples: list[dict]) -> None:
 
 def p4() -> None:
     """Draw the rewards of the real Qwen, its accuracies and its stray closing tag."""
-    metrics = runs(QWEN)[0].metrics
+    metrics = runs(FIRST_QWEN)[0].metrics
     figure = Figure((8, 6.0))
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.6, 1])
     draw_rewards(upper, metrics)
@@ -236,7 +236,7 @@ def p4() -> None:
         draw_curve(left, [100 * m[f"accuracy/{kind}"] for m in metrics], color)
         left.text(1, y, kind, color=color)
     left.set_title("right answers, % of completions")
-    ends = tables.read(QWEN["seed 42"], "endings")
+    ends = tables.read(FIRST_QWEN["seed 42"], "endings")
     steps = [ends[f"step {step}"] for step in range(1, len(metrics) + 1)]
     stray = [sum(step.get(tail, 0) for tail in STRAY) / sum(step.values()) for step in steps]
     draw_curve(right, [100 * share for share in stray], TAIL)
@@ -274,13 +274,13 @@ def time() -> None:
         ax.axis("off")
         cores = run.record["hardware"]["cores"]
         ax.set_title(f"{name}: {whole:.3g} s a step on {cores} cores", fontweight="bold")
-    head(figure, f"Generation is the largest part of a step; the rewards take {most:.2%} at most")
+    head(figure, f"The five rewards take {most:.2%} of a step at most")
     save(figure, PICTURES / "time.png")
 
 
 def passed() -> None:
     """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
-    models = {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B, second run": QWEN_AGAIN}
+    models = {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
     figure = Figure((8, 3.5))
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
         single = len(columns) == 1
@@ -321,8 +321,8 @@ def main() -> None:
         return print(out / "p1.png")
     result()
     p1(ASSETS / "p1.png", runs(LAPTOP)[0].metrics, tables.read(LAPTOP["seed 42"], "timers"))
-    p2(tables.read(QWEN["seed 42"], "samples"))
-    p3(tables.read(QWEN["seed 42"], "samples"))
+    p2(tables.read(FIRST_QWEN["seed 42"], "samples"))
+    p3(tables.read(FIRST_QWEN["seed 42"], "samples"))
     p4()
     passed()
     time()
