@@ -28,7 +28,7 @@ from conftest import (
     series,
     wandb_rows,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState
 
 import grpo_demo
@@ -334,7 +334,12 @@ def test_another_model_at_the_same_path_is_seen(tmp_path):
     unfinish(out)
     os.utime(model / "model.safetensors", (1, 1))
     done = run(*flags)
-    assert done.returncode == 2 and "(model " in done.stderr
+    assert done.returncode == 0 and "resuming from" in done.stdout  # the content counts
+    unfinish(out)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors")
+    done = run(*flags)
+    assert done.returncode == 2 and "(model file model.safetensors " in done.stderr
 
 
 def test_two_checkpoints_are_kept(whole):
