@@ -1,7 +1,8 @@
-"""The project itself: lint, pins, README's commands, which module needs which."""
+"""The project itself: lint, pins, README's commands, which module needs which, private names."""
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import re
 import shutil
@@ -96,8 +97,8 @@ def test_rewards_runs_alone(tmp_path):
     assert done.returncode == 0 and "4.000" in done.stdout, done.stderr
 
 
-def own_imports(tree: ast.Module) -> set[str]:
-    """Return the modules of the project that a module imports, anywhere in its text."""
+def own_imports(tree: ast.AST) -> set[str]:
+    """Return the modules of the project that a module or statement imports."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -107,11 +108,113 @@ def own_imports(tree: ast.Module) -> set[str]:
     return names & FILES.keys()
 
 
-def test_no_module_imports_one_that_imports_it_back():
+LAYERS = [  # a module needs only modules of the layers above it
+    {"rewards", "assets.common"},
+    {"assets.settings", "assets.verdict", "assets.wandb_run"},
+    {"assets.resume", "assets.terminal", "assets.evaluate"},
+    {"grpo_demo"},
+]
+
+
+def test_which_module_needs_which():
     graph = {name: own_imports(tree) for name, tree in TREES.items()}
-    assert {"rewards", "assets.resume", "assets.evaluate"} <= graph["grpo_demo"]
-    assert graph["assets.common"] == graph["rewards"] == set()
+    above = set()
+    for layer in LAYERS:
+        for name in layer:
+            assert graph[name] - {"assets.memory", "assets.pass_at_k"} <= above, name  # imported in a function
+        above |= layer
+    assert graph["grpo_demo"] >= LAYERS[2] | {"rewards"}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def needed(name: str) -> set[str]:
+    """Return a module and those of the project that importing it imports."""
+    found = {name}
+    for statement in TREES[name].body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            found |= {other for imported in own_imports(statement) for other in needed(imported)}
+    return found
+
+
+RUN = needed("grpo_demo")
+
+
+def test_the_code_of_a_run_is_short():
+    lines = {name: len(FILES[name].read_text().splitlines()) for name in sorted(RUN)}
+    print(sum(lines.values()), lines)
+    assert len(lines) <= 9 and sum(lines.values()) <= 1650
+
+
+DIFFERENCES = (ROOT / "assets/notes/differences.md").read_text()
+PRIVATE = [
+    re.findall(r"`([^`]+)`", line)[:2]
+    for line in DIFFERENCES.partition("\n## Private names\n")[2].partition("\n## ")[0].splitlines()
+    if line.startswith("| `")
+]
+
+
+def is_there(name: str) -> bool:
+    """Return whether a library has a name: `module.Class.attribute`, also one set in a method."""
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:i]))
+            break
+        except ModuleNotFoundError:
+            continue
+    else:
+        return False
+    for part in parts[i:]:
+        if not hasattr(found, part):
+            fields = getattr(found, "model_fields", {})  # of a pydantic class
+            set_in_methods = inspect.isclass(found) and f"self.{part} = " in inspect.getsource(
+                found
+            )
+            return part == parts[-1] and (part in fields or set_in_methods)
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize(("name", "file"), PRIVATE, ids=[name for name, _ in PRIVATE])
+def test_a_private_name_is_in_the_installed_version(name, file):
+    assert is_there(name), f"{name} is gone: {file} needs another way (assets/notes/differences.md)"
+    text = next(ROOT.rglob(f"assets/**/{file}"), ROOT / file).read_text()
+    assert name.split(".")[-1] in text, f"{file} does not use {name} any more: remove the row"
+
+
+def test_a_name_that_is_gone_is_seen():
+    gone = (
+        "trl.GRPOTrainer._log",
+        "trl.no_such_module.x",
+        "no_such_library.x",
+        "wandb.Settings.x_",
+    )
+    assert not any(map(is_there, gone))
+
+
+def private_parts(tree: ast.Module) -> set[str]:
+    """Return private attributes that a module reads, and private parts of what it imports."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Import):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {*node.module.split("."), *(alias.name for alias in node.names)}
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def test_every_private_name_is_in_the_notes():
+    listed = {file: set() for _, file in PRIVATE}
+    for name, file in PRIVATE:
+        listed[file] |= set(name.split("."))
+    for module in RUN | {"assets.memory"}:
+        file = FILES[module].name
+        missing = private_parts(TREES[module]) - listed.get(file, set())
+        assert not missing, f"{file} uses {missing}: add it to assets/notes/differences.md"
+    assert private_parts(TREES["grpo_demo"]) == set()
+    assert len(PRIVATE) >= 10
 
 
 def test_functions_and_lines_are_short():
