@@ -188,7 +188,7 @@ class Health(TrainerCallback):
         finite = math.isfinite(logs.get("loss", 0.0)) and self.skipped <= (20 if args.fp16 else 0)
         self.broken = self.broken or not finite
         cut_off = (logs.get("completions/clipped_ratio") or 0) > 0.5
-        cure = "raise --max_completion_length"
+        cure = "raise --max_completion_length, unless they go on after their answer"
         if formats[0] > 0.25:  # most are in the format too, so some go on after </answer>
             cure = "some go on after </answer>: is the model's end token in eos_token_id, "
             cure += "in generation_config.json in its folder?"
