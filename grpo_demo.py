@@ -30,6 +30,12 @@ The training step matches the gist's on TRL 0.14. These differences change what 
  4. sdpa attention if flash-attn is not installed; the gist required flash-attn.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "datasets==5.2.0",
+#     "peft==0.21.2", "accelerate==1.15.0", "wandb==0.31.0"]
+# ///
+
 import gzip
 import json
 import logging
@@ -204,9 +210,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
     parser = settings.Parser([DemoConfig, ModelConfig], __doc__.split("GRPO in six lines")[0])
-    names = {action.dest.upper() for action in parser._actions}
+    constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     parser.set_defaults_with_config(
-        **{name.lower(): value for name, value in globals().items() if name in names}
+        **{name: value for name, value in constants.items() if name in parser.hints}
     )
     with as_user_error("settings", TypeError, YAMLError):
         args, model_args = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)
@@ -371,8 +377,13 @@ def prepare_trainer(
     """Load the model and build the trainer; UserError for what does not load or fit together."""
     name = model_args.model_name_or_path
     where = f"{name!r} (a hub id, or a folder in {os.getcwd()})"
+    if (file := Path(name, "adapter_config.json")).exists():
+        where += f", an adapter of {json.loads(file.read_text())['base_model_name_or_path']!r}"
     with as_user_error(f"cannot load model {where}", ImportError):  # a package is missing
         model, tokenizer = load_model(args, model_args)
+    rank = model.peft_config["default"].r if isinstance(model, PeftModel) else LORA_R
+    if model_args.lora_r not in (LORA_R, rank):
+        print_error(f"warning: --lora_r is ignored: the loaded adapter has rank {rank}")
     settings.check_template(args, tokenizer, make_prompt(rows["question"][0], one_shot=True))
     settings.check_stops(args, model, tokenizer)
     with as_user_error("TRL refuses these settings"):
@@ -466,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("TRACEBACK") or not (out_of_memory or isinstance(error, UserError)):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print_error(terminal.OUT_OF_MEMORY if out_of_memory else f"error: {text}")
+        print_error(terminal.describe_out_of_memory() if out_of_memory else f"error: {text}")
         raise SystemExit(2) from None
 
 

@@ -17,6 +17,7 @@ from datetime import datetime
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from accelerate.utils import gather_object
@@ -25,7 +26,6 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
-from wandb.sdk.lib.runid import generate_id
 
 from assets import wandb_run
 from assets.common import UserError, first_process, print_error, print_once, write_json
@@ -134,7 +134,7 @@ def claim(args: GRPOConfig, config: dict) -> Run:
     """Lock `args.output_dir`; is it new, resumable, finished, or unrelated?"""
     out = Path(args.output_dir)
     lock(out)
-    new = {"settings": choose(config), "wandb_id": generate_id(), "finished": False}
+    new = {"settings": choose(config), "wandb_id": token_hex(4), "finished": False}
     new |= {"overwrote": args.overwrite_output, "micro_batch": args.per_device_train_batch_size}
     old = read_record(out, args.overwrite_output)
     same_command = old == {**new, "wandb_id": old.get("wandb_id")}

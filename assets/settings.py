@@ -97,7 +97,13 @@ class Parser(TrlParser):
         texts = {"usage": usage, "description": description, "formatter_class": Help}
         hints = [pair for config in configs for pair in get_type_hints(config).items()]
         self.hints = {name: str(hint) for name, hint in hints}
+        self.actions: dict[str, argparse.Action] = {}
         super().__init__(configs, allow_abbrev=False, **texts)
+
+    def add_argument(self, *names, **options) -> argparse.Action:
+        """Add a flag, and keep it by its setting; `--no_x` comes after `--x`."""
+        action = super().add_argument(*names, **options)
+        return self.actions.setdefault(action.dest, action)
 
     def parse_args_and_config(self, args: list[str]) -> tuple:
         """Return the settings. UserError for a flag, key or value that cannot be."""
@@ -116,8 +122,7 @@ class Parser(TrlParser):
 
     def unknown(self, kind: str, name: str):
         """Raise UserError for a name that is no setting; it names the nearest one."""
-        settings = [action.dest for action in self._actions]
-        near = get_close_matches(name.lstrip("-"), settings, n=1)
+        near = get_close_matches(name.lstrip("-"), self.actions, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all"
         self.error(f"unknown {kind} {name}; {hint}")
 
@@ -129,14 +134,13 @@ class Parser(TrlParser):
 
     def set_defaults_with_config(self, **settings) -> list:
         """Set the values of a YAML file, as strict as flags: argparse converts their text."""
-        actions = {action.dest: action for action in self._actions}
         for name, value in settings.items():
-            if name not in actions:
+            if name not in self.actions:
                 self.unknown("key in the YAML file:", name)
-            action, hint = actions[name], self.hints.get(name, "")
+            action, hint = self.actions[name], self.hints.get(name, "")
             kind = {type(None): "None", list: "list", dict: "dict"}.get(type(value), "")
             if kind not in hint or (kind == "None" and name in NOT_EMPTY.split()):
-                self.error(f"{name}: {json.dumps(value)} is no value for it")
+                self.error(f"{name}: {json.dumps(value, default=str)} is no value for it")
             if action.nargs == "+" and value is not None:
                 with as_user_error(name):
                     items = value if isinstance(value, list) else [value]
@@ -158,8 +162,7 @@ def check_gpu(args: trl.GRPOConfig) -> None:
         one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
         raise UserError(f"{gpus} GPUs, 1 process. Use {n}: accelerate launch {run}; or 1: {one}")
     if gpus and args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        flags = "--bf16 False --fp16 True --dtype float32"
-        flags += ", and --use_peft if the memory is too small (--estimate_memory tells)"
+        flags = "--config assets/cards/16gb.yaml, or --bf16 False --fp16 True --dtype float32"
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
 
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
 from assets import wandb_run
@@ -39,10 +40,7 @@ chat = pipeline("text-generation", "{}", max_new_tokens=256)
 q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
 print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
 EOF"""
-OUT_OF_MEMORY = (
-    "error: out of memory. In this order, try --gradient_checkpointing True, --use_peft, a smaller "
-    "--max_completion_length; --estimate_memory shows what fits which card"
-)
+CARDS = (16, 24, 48, 80)  # GB, each with a file in assets/cards
 
 
 def print_banner(trainer: GRPOTrainer) -> None:
@@ -53,7 +51,7 @@ def print_banner(trainer: GRPOTrainer) -> None:
         card = torch.cuda.get_device_properties(args.device)
         device = f"{card.name}, {card.total_memory / 1e9:.1f} GB"
     trained = trainer.get_num_trainable_parameters()
-    print_once(f"model   {model.config._name_or_path}, {model.dtype}")
+    print_once(f"model   {model.config.name_or_path}, {model.dtype}")
     print_once(f"        {model.num_parameters():,} parameters, {trained:,} of them trained")
     print_once(
         f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention"
@@ -64,6 +62,17 @@ def print_banner(trainer: GRPOTrainer) -> None:
         groups = f"{args.generation_batch_size} completions in groups of {args.num_generations}"
         print_once(f"step    {groups}")
         print_once("shown   reward, format (soft, strict), right (lenient, strict), tokens")
+
+
+def describe_out_of_memory() -> str:
+    """Return the error for memory that is too small: what helps, in the order of the GPU notes."""
+    helps = "--gradient_checkpointing True, --use_peft, a smaller --max_completion_length"
+    text = f"error: out of memory. In this order, try {helps}"
+    if torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory / 1e9
+        files = [f"; or --config assets/cards/{n}gb.yaml" for n in CARDS if n < 1.1 * size]
+        text += (files or [""])[-1]
+    return f"{text}; --estimate_memory shows what fits which card"
 
 
 def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
@@ -189,7 +198,9 @@ class Health(TrainerCallback):
         self.broken = self.broken or not finite
         cut_off = (logs.get("completions/clipped_ratio") or 0) > 0.5
         cure = "raise --max_completion_length, unless they go on after their answer"
-        if formats[0] > 0.25:  # most are in the format too, so some go on after </answer>
+        if (
+            logs.get("rewards/soft_format_reward_func/mean", 0) > 0.25
+        ):  # most are in the format too, so some go on after </answer>
             cure = "some go on after </answer>: is the model's end token in eos_token_id, "
             cure += "in generation_config.json in its folder?"
         if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
@@ -220,5 +231,7 @@ class Health(TrainerCallback):
         if self.broken:
             wandb_run.close_run()
             again = "start again with a lower --learning_rate and --overwrite_output"
+            if good := get_last_checkpoint(args.output_dir):
+                again += f", or go on from --model_name_or_path {good} in another --output_dir"
             print_once(f"stopped at step {state.global_step}; {again}")
             raise SystemExit(1)

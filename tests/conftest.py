@@ -108,12 +108,16 @@ def command(*flags: object, env: dict | None = None, launcher: tuple = (sys.exec
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
+def inspect(file: Path) -> list[dict]:
+    """Return the records of one W&B file, read back with `wandb leet inspect --json`."""
+    leet = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(leet, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def history(file: Path) -> list[dict]:
-    """Return the history rows of one W&B file, read back with `wandb leet inspect --json`."""
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
-    return [r["history"]["item"] for r in records if r["type"] == "history"]
+    """Return the history rows of one W&B file."""
+    return [r["history"]["item"] for r in inspect(file) if r["type"] == "history"]
 
 
 def wandb_rows(output_dir: Path) -> list[dict]:

@@ -253,9 +253,8 @@ def test_samples_of_a_question_are_one_group():
 def test_pass_at_k_is_the_share_of_choices_with_a_right_answer(n):
     for right, k in itertools.product(range(n + 1), range(1, n + 1)):
         choices = list(itertools.combinations([True] * right + [False] * (n - right), k))
-        assert pass_at_k.pass_at_k(k, n, right) == pytest.approx(
-            sum(map(any, choices)) / len(choices)
-        )
+        share_right = sum(map(any, choices)) / len(choices)
+        assert pass_at_k.pass_at_k(k, n, right) == pytest.approx(share_right)
 
 
 def test_sampled_answers_are_counted_by_question(tmp_path):

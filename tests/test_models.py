@@ -267,9 +267,36 @@ def test_the_evaluation_counts_answers_that_go_on_after_a_special_token(tmp_path
 )
 def test_why_completions_are_cut_off(capsys, logs, said):
     formats = {f"rewards/{name}_format_reward_func/mean": 0.0 for name in ("soft", "strict")}
+    formats = formats if logs else {}  # a run with other rewards
     usual = {"reward": 1.0, "completions/clipped_ratio": 0.8, "kl": 0.3, **formats}
     health, state = Health(), TrainerState(global_step=3)
     for _ in range(2):
         health.on_log(GRPOConfig, state, TrainerControl(), logs=usual | logs)
     lines = warnings(capsys)
     assert len(lines) == (said is not None) and all(said in line for line in lines)
+
+
+def test_an_adapter_whose_base_is_missing_and_one_of_another_rank(tmp_path):
+    peft = ("--use_peft", "--lora_r", 4, "--lora_dropout", 0)
+    small = (
+        "--max_steps",
+        1,
+        "--evaluate",
+        "False",
+        "--report_to",
+        "none",
+        "--max_completion_length",
+        8,
+    )
+    done = run(*LAPTOP, *small, *peft, "--output_dir", tmp_path / "lora")
+    assert done.returncode == 0, done.stderr[-2000:]
+    adapter = ("--model_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / "further")
+    done = run(*LAPTOP, *small, "--lora_r", 32, *adapter)
+    assert done.returncode == 0 and "the loaded adapter has rank 4" in done.stderr
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(file.read_text().replace("assets/tiny", "models/nowhere"))
+    done = run(
+        *LAPTOP, *small, "--model_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / "c"
+    )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "an adapter of 'models/nowhere'" in line

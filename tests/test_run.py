@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -26,7 +27,7 @@ from conftest import (
     ROOT,
     command,
     gsm8k,
-    history,
+    inspect,
     needs_gsm8k,
     run,
     series,
@@ -37,7 +38,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 
 import grpo_demo
-from assets import check
+from assets import settings
 from assets.research.record import collect, time_split
 from rewards import REWARD_FUNCS
 
@@ -52,9 +53,19 @@ sys.exit(status)
 """
 
 
+class Laptop(NamedTuple):
+    """README's first command, run as a user does."""
+
+    out: Path  # its output directory
+    stdout: str
+    errors: str
+    rows: list[dict]  # W&B's history
+    seconds: float
+    peak: float  # memory in GB
+
+
 @pytest.fixture(scope="session")
-def laptop(tmp_path_factory):
-    """README's first command: output directory, stdout, W&B history, seconds, peak memory in GB."""
+def laptop(tmp_path_factory) -> Laptop:
     out = tmp_path_factory.mktemp("laptop") / "tiny"
     start = time.time()
     launcher = (sys.executable, "-c", PEAK, sys.executable)
@@ -62,7 +73,7 @@ def laptop(tmp_path_factory):
     seconds = time.time() - start
     assert done.returncode == 0, done.stderr[-3000:]
     errors, peak = done.stderr.split("PEAK_KB ")
-    return out, done.stdout, wandb_rows(out), seconds, int(peak) / 2**20, errors
+    return Laptop(out, done.stdout, errors, wandb_rows(out), seconds, int(peak) / 2**20)
 
 
 def mean(values: list[float]) -> float:
@@ -70,13 +81,12 @@ def mean(values: list[float]) -> float:
 
 
 def test_time_and_memory(laptop):
-    *_, seconds, peak, _ = laptop
-    print(f"laptop run: {seconds:.0f} s, {peak:.2f} GB")
-    assert seconds < 180 and peak < 2
+    print(f"laptop run: {laptop.seconds:.0f} s, {laptop.peak:.2f} GB")
+    assert laptop.seconds < 180 and laptop.peak < 2
 
 
 def test_format_is_learned(laptop):
-    rewards = {name: series(laptop[2], f"train/rewards/{name}/mean") for name in NAMES}
+    rewards = {name: series(laptop.rows, f"train/rewards/{name}/mean") for name in NAMES}
     assert {len(values) for values in rewards.values()} == {60}
     xmlcount, soft, strict, _, correct = rewards.values()
     assert mean(soft[:5]) <= 0.15 and mean(soft[-10:]) >= 0.45
@@ -85,14 +95,14 @@ def test_format_is_learned(laptop):
 
 
 def test_wandb_holds_everything(laptop):
-    out, _, rows, *_ = laptop
+    rows = laptop.rows
     for name in [*NAMES, "transformers.generate"]:
         assert len(series(rows, f"profiling/Time taken: GRPOTrainer.{name}")) == 60, name
     for name in NAMES:
         assert len(series(rows, f"train/rewards/{name}/std")) == 60
     for name in ("accuracy/strict", "accuracy/lenient", "kl", "step_time"):
         assert len(series(rows, f"train/{name}")) == 60, name
-    tables = sorted(out.glob("wandb/*run-*/files/media/table/completions_*.json"))
+    tables = sorted(laptop.out.glob("wandb/*run-*/files/media/table/completions_*.json"))
     assert len(tables) >= 60  # one a step, and one when training ends
     table = json.loads(tables[-1].read_text())
     columns = {"prompt", "completion", "gold", "extracted", "advantage", *NAMES}
@@ -100,18 +110,17 @@ def test_wandb_holds_everything(laptop):
 
 
 def test_logged_accuracy_is_that_of_the_completions(laptop):
-    out, _, rows, *_ = laptop
-    last = pd.read_parquet(sorted(out.glob("completions/*.parquet"))[-1])
+    last = pd.read_parquet(sorted(laptop.out.glob("completions/*.parquet"))[-1])
     texts = [message[0]["content"] for message in last["completion"]]
     scores = [grpo_demo.rewards.score(*pair) for pair in zip(texts, last["gold"], strict=True)]
     for name in ("strict", "lenient"):
         share = mean([score[f"{name}_accuracy"] for score in scores])
-        assert series(rows, f"train/accuracy/{name}")[-1] == pytest.approx(share)
+        assert series(laptop.rows, f"train/accuracy/{name}")[-1] == pytest.approx(share)
     assert list(last["extracted"]) == [grpo_demo.rewards.extract_xml_answer(t) for t in texts]
 
 
 def test_the_time_split_of_a_step(laptop):
-    metrics, timers, _ = collect(laptop[0])
+    metrics, timers, _ = collect(laptop.out)
     split = time_split(metrics, timers)
     whole = (metrics[-1]["runtime"] - metrics[0]["runtime"]) / 59
     print({part: f"{seconds / whole:.2%}" for part, seconds in split.items()})
@@ -120,7 +129,7 @@ def test_the_time_split_of_a_step(laptop):
 
 
 def test_the_model_card(laptop):
-    out = laptop[0]
+    out = laptop.out
     card = (out / "README.md").read_text()
     result = json.loads((out / "evaluation.json").read_text())
     for name, columns in result["measurements"].items():
@@ -132,8 +141,8 @@ def test_the_model_card(laptop):
 
 
 def test_the_advised_upload_has_the_model_and_no_logs(laptop):
-    out = laptop[0]
-    advice = shlex.split(check.REFUSED["push_to_hub"])
+    out = laptop.out
+    advice = shlex.split(settings.NOT_SUPPORTED["push_to_hub"])
     excluded = [after for flag, after in pairwise(advice) if flag == "--exclude"]
     paths = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
     sent = set(filter_repo_objects(paths, ignore_patterns=excluded))
@@ -151,8 +160,31 @@ def test_the_advised_upload_has_the_model_and_no_logs(laptop):
 def summary(out: Path, part: str = "summary") -> dict:
     """Return what W&B's files hold at the end of a run: its summary, or its config."""
     (file,) = out.glob("wandb/*run-*/*.wandb")
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
-    return json.loads(subprocess.run(inspect, capture_output=True, check=True).stdout)[part]
+    leet = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
+    return json.loads(subprocess.run(leet, capture_output=True, check=True).stdout)[part]
+
+
+def check_x_axis(out: Path, rows: list[dict], *names: str) -> None:
+    """Check that W&B draws every series over train/global_step, and that each point has it.
+
+    TRL's timers are rows of their own: "step_sync" gives them the step of the row before them.
+    """
+    (file,) = out.glob("wandb/*run-*/*.wandb")
+    metrics = [record["metric"] for record in inspect(file) if record["type"] == "metric"]
+    defined = {metric.get("name") or metric.get("glob_name"): metric for metric in metrics}
+    assert set(defined) == {"train/global_step", "*"}  # no series has another axis
+    assert defined["*"]["step_metric"] == "train/global_step"
+    assert defined["*"]["options"]["step_sync"] is True
+    steps = [row["train/global_step"] for row in rows]
+    assert steps == sorted(steps)
+    for name in names:
+        assert series(rows, name), name
+
+
+def test_wandb_draws_everything_over_the_training_step(laptop):
+    timers = [f"profiling/Time taken: GRPOTrainer.{name}" for name in NAMES]
+    rewards = [f"train/rewards/{name}/mean" for name in NAMES]
+    check_x_axis(laptop.out, laptop.rows, "train/loss", "train/kl", *rewards, *timers)
 
 
 def test_held_out_accuracy_while_training(tmp_path):
@@ -164,26 +196,29 @@ def test_held_out_accuracy_while_training(tmp_path):
     for name in ("strict", "lenient"):
         assert len(series(rows, f"eval/accuracy/{name}")) == 2
         assert len(series(rows, f"train/accuracy/{name}")) == 2
+    held_out = [row["train/global_step"] for row in rows if "eval/reward" in row]
+    assert held_out == [1, 2]
+    check_x_axis(tmp_path / "run", rows, "eval/accuracy/strict", "eval/reward")
 
 
 def test_wandb_holds_the_configuration(laptop):
-    config = json.dumps(summary(laptop[0], "config"))
+    config = json.dumps(summary(laptop.out, "config"))
     for name in ("learning_rate", "beta", "model_name_or_path", "dataset_name", "system_prompt"):
         assert f'"{name}"' in config, name
 
 
 def test_what_is_printed(laptop):
-    out, stdout, *_ = laptop
     for text in ("683,040", "torch.float32", "sdpa", "480 prompts", "64 completions"):
-        assert text in stdout, text
-    assert f"wandb leet {out}" in stdout and f"wandb sync --include-online {out}" in stdout
+        assert text in laptop.stdout, text
+    for command_line in ("wandb leet", "wandb sync --include-online"):
+        assert f"{command_line} {laptop.out}" in laptop.stdout
 
 
 def test_the_log_is_short_and_fits_in_80_columns(laptop):
     """Commands and paths may be longer: they are there to be copied."""
-    lines = laptop[1].splitlines()
-    print(f"{len(laptop[1]):,} bytes in {len(lines)} lines")
-    assert len(laptop[1]) + len(laptop[-1]) < 40_000
+    lines = laptop.stdout.splitlines()
+    print(f"{len(laptop.stdout):,} bytes in {len(lines)} lines")
+    assert len(laptop.stdout) + len(laptop.errors) < 40_000
     paths = ("output", "W&B", "wandb ", "chat = ")
     assert [line for line in lines if len(line) > 80 and not line.startswith(paths)] == []
     progress = [line for line in lines if re.match(r"\d+/60 ", line)]
@@ -192,7 +227,7 @@ def test_the_log_is_short_and_fits_in_80_columns(laptop):
         assert word in progress[0]
     samples = [line for line in lines if line.startswith("\u256d\u2500 step ")]
     assert len(samples) == 7  # the first step and every tenth
-    assert laptop[1].count("gold ") == laptop[1].count("advantage ") == 7
+    assert laptop.stdout.count("gold ") == laptop.stdout.count("advantage ") == 7
 
 
 def in_a_terminal(*flags: str, env: dict[str, str]) -> str:
@@ -228,14 +263,15 @@ def test_a_terminal_has_one_line_of_progress(tmp_path):
 
 
 def test_the_printed_line_talks_to_the_model(laptop):
-    line = laptop[1].split("talk to the model:\n")[1].replace("python ", f"{sys.executable} ", 1)
+    line = laptop.stdout.split("talk to the model:\n")[1]
+    line = line.replace("python ", f"{sys.executable} ", 1)
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "<answer>" in done.stdout
 
 
 def test_the_evaluation(laptop):
-    out, stdout, rows, *_ = laptop
+    out = laptop.out
     result = json.loads((out / "evaluation.json").read_text())
     zero, one, after = result["measurements"].values()
     assert list(result["measurements"]) == [
@@ -246,21 +282,22 @@ def test_the_evaluation(laptop):
     assert zero["strict_format"]["value"] <= 0.15 and after["strict_format"]["value"] >= 0.9
     assert after["strict_accuracy"]["value"] - zero["strict_accuracy"]["value"] >= 0.3
     assert all(m["lenient_accuracy"]["n"] == 512 for m in (zero, one, after))
-    assert result["verdict"] == "format" and "learned: format" in stdout
+    assert result["verdict"] == "format" and "learned: format" in laptop.stdout
     for name in result["measurements"]:
         kept = pd.read_parquet(out / "evaluation" / f"{name}.parquet")
         value = result["measurements"][name]["lenient_accuracy"]["value"]
         assert len(kept) == 512 and value == pytest.approx(kept["lenient_accuracy"].mean())
         assert f"eval/{name}/strict_accuracy" in summary(out)
     assert summary(out)["eval/answers"]["nrows"] == 150
-    points = Counter(name for row in rows for name in row if not name.startswith("_"))
+    points = Counter(name for row in laptop.rows for name in row if not name.startswith("_"))
     assert {name for name, n in points.items() if n == 1 and "eval/" in name} <= {
         name for name in points if name.startswith("eval/chart")
     }
 
 
 def test_evaluation_does_not_change_training(tmp_path):
-    losses, few = [], ("--per_device_train_batch_size", 16, "--num_generations", 4)
+    losses = []
+    few = ("--per_device_train_batch_size", 16, "--num_generations", 4)
     for flag in ("True", "False"):
         flags = (*FAST, *few, "--output_dir", tmp_path / flag, "--evaluate", flag)
         assert run(*LAPTOP, *flags, "--eval_generations", 2).returncode == 0
@@ -290,7 +327,8 @@ def test_before_and_after_are_measured_in_the_same_precision(tmp_path):
 
 
 def test_lora_and_eval_only(tmp_path):
-    out, flags = tmp_path / "lora", (*LAPTOP, "--eval_samples", 16)
+    out = tmp_path / "lora"
+    flags = (*LAPTOP, "--eval_samples", 16)
     done = run(*flags, *FAST, "--use_peft", "--output_dir", out, "--learning_rate", "1e-3")
     assert done.returncode == 0, done.stderr[-2000:]
     adapter = json.loads((out / "adapter_config.json").read_text())
@@ -335,7 +373,8 @@ def cached_dataset(cache, tmp_path) -> None:
 @needs_gsm8k
 def test_the_default_ids_from_a_hugging_face_cache(tmp_path):
     """What a GPU box runs: the default ids, here from a cache with the embedded model's files."""
-    hub, data = tmp_path / "hub", tmp_path / "datasets"
+    hub = tmp_path / "hub"
+    data = tmp_path / "datasets"
     cached_model(hub)
     cached_dataset(data, tmp_path)
     env = {"HF_HUB_CACHE": str(hub), "HF_DATASETS_CACHE": str(data)}
@@ -355,13 +394,14 @@ def test_two_nodes_share_the_evaluation_print_once_and_stop_together(tmp_path):
         free.bind(("127.0.0.1", 0))
         rendezvous = ("--master_addr", "127.0.0.1", "--master_port", free.getsockname()[1])
     flags = (*LAPTOP, "--max_steps", 30, "--eval_samples", 33, "--log_completions", "False")
-    two = ("--per_device_train_batch_size", 32, "--output_dir", tmp_path / "two")
-    nodes, pipes = [], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    two = ("--per_device_train_batch_size", 32, "--save_steps", 2, "--output_dir", tmp_path / "two")
+    nodes = []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for rank in (0, 1):
         where = ("--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1, *rendezvous)
         line = map(str, (*TORCHRUN, *where, "grpo_demo.py", *flags, *two))
         nodes.append(subprocess.Popen(line, cwd=ROOT, **pipes))
-    while not (files := [*tmp_path.glob("two/wandb/*run-*/*.wandb")]):
+    while not (tmp_path / "two/checkpoint-2/trainer_state.json").exists():
         assert nodes[0].poll() is nodes[1].poll() is None, nodes[0].communicate()[1][-2000:]
         time.sleep(0.1)
     (worker,) = subprocess.check_output(["pgrep", "-P", str(nodes[1].pid)], text=True).split()
@@ -371,7 +411,7 @@ def test_two_nodes_share_the_evaluation_print_once_and_stop_together(tmp_path):
     assert "64 completions in groups of 8" in texts[0][0] and "completions" not in texts[1][0]
     step = int(re.search(r"stopped at step (\d+);", texts[0][0])[1])
     assert (tmp_path / f"two/checkpoint-{step}/rng_state_1.pth").exists()
-    assert max(series(history(files[0]), "train/global_step")) == step
+    assert max(series(wandb_rows(tmp_path / "two"), "train/global_step")) == step
     one = (*flags, "--max_steps", 1, "--save_strategy", "no", "--output_dir", tmp_path / "one")
     assert run(*one).returncode == 0
     path = "evaluation/before_zero_shot.parquet"

@@ -194,7 +194,9 @@ def test_a_card_without_bf16(monkeypatch):
     emulates = lambda including_emulation=True: including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulates)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    with pytest.raises(UserError, match=r"Tesla T4 .*--fp16 True --dtype float32.*--use_peft"):
+    with pytest.raises(
+        UserError, match=r"Tesla T4 .*assets/cards/16gb.yaml.*--fp16 True --dtype float32"
+    ):
         parse_args([])
 
 

@@ -45,6 +45,9 @@ COURSE = {  # title: metric, format
 }
 
 
+COMPLETIONS = {"right in any form": "accuracy/lenient", "cut off": "completions/clipped_ratio"}
+
+
 class Run(NamedTuple):
     """A run on record."""
 
@@ -228,6 +231,28 @@ def qwen() -> str:
     return table(["200 test questions", *MEASURED.values(), "95% interval, at most ±"], rows)
 
 
+def default_command() -> str:
+    """Return what two steps of the default command at its own size took."""
+    record = read("qwen-1.5b-default", "record")
+    metrics = read_lines("qwen-1.5b-default/metrics.jsonl")
+    timers = read("qwen-1.5b-default", "timers")
+    generation = timers["transformers.generate"]
+    rows = [["peak resident memory, GB", f"{record['peak_memory_gb']:.1f}"]]
+    rows += [["seconds of a step", f"{mean(step['step_time'] for step in metrics):,.0f}"]]
+    rows += [["of these, generation", f"{mean(generation):,.0f}"]]
+    rows += [["milliseconds of the five rewards", f"{1000 * reward_seconds(timers):.2f}"]]
+    rows += [["loss of step 1", f"{metrics[0]['loss']:.0e}"]]
+    rows += [["weights changed by step 2", f"{record['moved']['changed']:.1%}"]]
+    for name, key in COMPLETIONS.items():
+        rows += [[f"{name}, step {i}", f"{step[key]:.1%}"] for i, step in enumerate(metrics, 1)]
+    return table(["two steps of 64 completions", "measured"], rows)
+
+
+def reward_seconds(timers: dict[str, list[float]]) -> float:
+    """Return the mean seconds of the five rewards in a step."""
+    return sum(mean(seconds) for name, seconds in timers.items() if name.endswith("_reward_func"))
+
+
 def tails() -> str:
     """Return how the completions of the real Qwen end, from its endings.json."""
     ends = read(QWEN["seed 42"], "endings")
@@ -344,6 +369,7 @@ TABLES = {
     "qwen_course": lambda: course(QWEN),
     "qwen_again_course": lambda: course(QWEN_AGAIN),
     "tails": tails,
+    "default_command": default_command,
     "reliability": reliability,
     "examples": examples,
     "group": group,
