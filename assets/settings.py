@@ -251,8 +251,9 @@ def check_template(args: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, pro
     if lost := [content[:50] for content in (system, *others) if content not in text]:
         print_error(f"warning: the chat template loses or changes {lost}: use another template")
     if tag := re.search(r"<\w+>\s*$", text):
-        off = "enable_thinking" in tokenizer.get_chat_template()
-        cure = """--chat_template_kwargs '{"enable_thinking": false}'""" if off else "another model"
+        cure = "another model or template"
+        if "enable_thinking" in tokenizer.get_chat_template():
+            cure = """--chat_template_kwargs '{"enable_thinking": false}'"""
         why = "rewards see only what follows, so the format cannot be learned as it is"
         print_error(f"warning: the chat template opens {tag[0].strip()}: {why}; use {cure}")
 
@@ -269,18 +270,21 @@ def check_stops(
     stops = model.generation_config.eos_token_id  # TRL stops there, and at the tokenizer's
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     if tokenizer.eos_token is None:
+        where = "write eos_token in tokenizer_config.json in the model's folder"
         if not (end or stops):
-            where = "write eos_token in tokenizer_config.json in the model's folder"
-            raise UserError(f"generation would never stop, the tokenizer has no eos_token: {where}")
+            raise UserError(f"no token stops generation: {where}")
         tokenizer.eos_token = end or tokenizer.convert_ids_to_tokens(stops[0])
         tokenizer.pad_token = tokenizer.eos_token
-        print_error(f"warning: the tokenizer has no eos_token: {tokenizer.eos_token} is taken")
+        print_error(f"warning: no eos_token, {tokenizer.eos_token} is used: {where}")
     stops = [tokenizer.eos_token_id, *stops]
     if end and ids[end] not in stops:
         names = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(set(stops)))))
         cure = f'"eos_token_id": {[ids[end], *sorted(set(stops))]} in generation_config.json'
         what = f"the chat template ends a turn with {end}, but generation stops only at {names}"
         print_error(f"warning: {what}: write {cure} in the model's folder")
+    elif rest and not end:
+        what = f"the chat template ends a turn with {rest!r}, which is no token"
+        print_error(f"warning: {what}: use the model's own template")
 
 
 def check_prompts(

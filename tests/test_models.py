@@ -162,6 +162,7 @@ TEMPLATES = {  # template, flags, eos, stop tokens of the file, parts of the exp
     "R1 with our tag": (OURS, (), TEXT_END, TEXT_END,
                         [("9 is divisble",), ("<reasoning>", "another model")]),
     "deaf": (DEAF, (), END, END, [("system", "first question")]),
+    "no token": (CHATML.replace("im_", "IM_"), (), END, END, [("<|IM_end|>", "no token")]),
     "Qwen base": (CHATML, (), TEXT_END, TEXT_END, [(END, TEXT_END, "[2, 0]")]),
 }  # fmt: skip
 
@@ -184,6 +185,19 @@ def test_one_line_for_each_thing_that_does_not_fit(tmp_path, capsys, case, one_s
     example = one_shot == "True" and template != OURS
     assert text.count(grpo_demo.ONE_SHOT_REASONING) == example
     assert text.index(system) < text.index(question)
+
+
+@pytest.mark.parametrize("thinking", ["true", "false"])
+def test_prompts_are_measured_as_they_are_trained_on(tmp_path, capsys, thinking):
+    """With `enable_thinking` false the template adds an empty block of thoughts."""
+    folder = make_model(tmp_path, QWEN_3, [END], eos_token=END)
+    flag = f'--chat_template_kwargs={{"{OFF}": {thinking}}}'
+    trainer = prepare(folder, flag, "--max_prompt_length", "1")
+    ids, _, _ = trainer._tokenize_prompts(trainer.train_dataset["prompt"][:])
+    (line,) = warnings(capsys)
+    assert f"16 of 16 prompts have over 1 tokens (up to {max(map(len, ids))})" in line
+    text = trainer.processing_class.decode(ids[0])
+    assert text.endswith("</think>\n\n") == (thinking == "false")
 
 
 def test_a_model_without_a_system_role_trains_and_its_copy_takes_one(tmp_path):
@@ -253,6 +267,7 @@ def test_the_evaluation_counts_answers_that_go_on_after_a_special_token(tmp_path
 )
 def test_why_completions_are_cut_off(capsys, logs, said):
     formats = {f"rewards/{name}_format_reward_func/mean": 0.0 for name in ("soft", "strict")}
+    formats = formats if logs else {}  # a run with other rewards
     usual = {"reward": 1.0, "completions/clipped_ratio": 0.8, "kl": 0.3, **formats}
     health, state = Health(), TrainerState(global_step=3)
     for _ in range(2):
