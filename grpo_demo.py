@@ -36,7 +36,6 @@ The training step matches the gist's on TRL 0.14. These differences change what 
 #     "peft==0.21.2", "accelerate==1.15.0", "wandb==0.31.0"]
 # ///
 
-import gzip
 import json
 import logging
 import os
@@ -257,27 +256,24 @@ def parse_row(line: str | dict) -> dict[str, str]:
 def read_split(name: str, config: str | None, split: str) -> Dataset | list[str]:
     """Return the rows of a dataset on the hub or on disk; of a jsonl file its lines, as texts.
 
-    A folder may hold jsonl, jsonl.gz or parquet files, hub folders too, or what `save_to_disk`
-    wrote. A single file is the train split.
+    A folder holds jsonl, json, gz or parquet files, `config` too (as on the hub), or what
+    `save_to_disk` wrote. A single file is the train split.
     """
+    path = Path(name)
     if not is_local(name):
         return load_dataset(name, config, split=split)
-    path = Path(name)
     if (path / "dataset_dict.json").exists():
         return load_from_disk(path)[split]
-    kinds = ("{0}.jsonl", "{0}.jsonl.gz", "{0}*.parquet", "{1}/{0}*.parquet")
-    kinds = [kind.format(split, config) for kind in kinds]
-    files = [path] if path.is_file() and split == "train" else []
-    for kind in kinds:
-        files = files or sorted(path.glob(kind))
+    found = [file for place in (path, path / str(config)) for file in place.glob(f"{split}[.-]*")]
+    files = [path] if path.is_file() and split == "train" else sorted(found)
     if not files:
         there = ", ".join(sorted(file.name for file in path.glob("*"))[:9]) or "nothing"
-        raise FileNotFoundError(f"looked for {', '.join(kinds)}; found {there}")
-    if files[0].suffix == ".parquet":
-        return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    opened = gzip.open if files[0].suffix == ".gz" else open
-    with opened(files[0], "rt", encoding="utf-8-sig", errors="replace", newline="\n") as text:
-        return [line for line in text if line.strip()]
+        raise FileNotFoundError(f"looked for {split}.jsonl, {split}*.parquet; found {there}")
+    if len(files) == 1 and files[0].suffix not in (".gz", ".parquet", ".json"):
+        lines = files[0].read_text("utf-8-sig", errors="replace").split("\n")
+        return [line for line in lines if line.strip()]
+    kind = "parquet" if files[0].suffix == ".parquet" else "json"
+    return load_dataset(kind, data_files=[str(file) for file in files], split="train")
 
 
 def get_gsm8k_questions(
@@ -477,7 +473,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("TRACEBACK") or not (out_of_memory or isinstance(error, UserError)):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print_error(terminal.describe_out_of_memory() if out_of_memory else f"error: {text}")
+        print_error(terminal.OUT_OF_MEMORY if out_of_memory else f"error: {text}")
         raise SystemExit(2) from None
 
 

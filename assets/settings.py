@@ -38,29 +38,26 @@ NOT_SUPPORTED = {
     "hub_token": "it would be logged. Set the environment variable HF_TOKEN",
     "save_only_model": "such a checkpoint cannot be resumed",
 }
-RANGES = [  # what is said, what must hold, for which settings
-    (
-        "above 0",
+RANGES = {  # what is said: what must hold, for which settings
+    "above 0": (
         lambda x: x > 0,
-        """adam_epsilon gradient_accumulation_steps logging_steps lora_alpha lora_r num_generations
-        max_completion_length max_prompt_length num_iterations num_train_epochs temperature top_p
-        per_device_eval_batch_size per_device_train_batch_size repetition_penalty save_steps
-        save_total_limit steps_per_generation generation_batch_size vllm_gpu_memory_utilization
-        vllm_tensor_parallel_size""",
+        "adam_epsilon generation_batch_size gradient_accumulation_steps logging_steps lora_alpha "
+        "lora_r max_completion_length max_prompt_length num_generations num_iterations "
+        "num_train_epochs per_device_eval_batch_size per_device_train_batch_size "
+        "repetition_penalty save_steps save_total_limit steps_per_generation temperature top_p "
+        "vllm_gpu_memory_utilization vllm_tensor_parallel_size",
     ),
-    (
-        "0 or above",
+    "0 or above": (
         lambda x: x >= 0,
-        """beta epsilon eval_generations eval_samples learning_rate lora_dropout max_grad_norm min_p
-        num_completions_to_print print_steps seed top_k warmup_steps weight_decay""",
+        "beta epsilon eval_generations eval_samples learning_rate lora_dropout max_grad_norm min_p "
+        "num_completions_to_print print_steps seed top_k warmup_steps weight_decay",
     ),
-    (
-        "at most 1",
+    "at most 1": (
         lambda x: x <= 1,
         "adam_beta1 adam_beta2 lora_dropout min_p top_p vllm_gpu_memory_utilization",
     ),
-    ("-1 (all), or above 0", lambda x: x == -1 or x > 0, "max_steps"),
-]
+    "-1 (all), or above 0": (lambda x: x == -1 or x > 0, "max_steps"),
+}
 CHOICES = {  # which the libraries would refuse late
     "loss_type": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo",  # TRL 1.16
     "scale_rewards": "group batch none True False",
@@ -171,7 +168,7 @@ def check_values(args: object) -> None:
     for name, instead in NOT_SUPPORTED.items():
         if getattr(args, name, None):
             raise UserError(f"--{name} is not supported: {instead}")
-    for text, holds, names in RANGES:
+    for text, (holds, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)
             if value is not None and not (math.isfinite(value) and holds(value)):

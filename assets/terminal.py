@@ -40,7 +40,11 @@ chat = pipeline("text-generation", "{}", max_new_tokens=256)
 q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
 print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
 EOF"""
-CARDS = (16, 24, 48, 80)  # GB, each with a file in assets/cards
+OUT_OF_MEMORY = (
+    "error: out of memory. In this order, try --gradient_checkpointing True, --use_peft, a smaller "
+    "--max_completion_length; or the file of a smaller card, --config assets/cards/16gb.yaml; "
+    "--estimate_memory shows what fits which card"
+)
 
 
 def print_banner(trainer: GRPOTrainer) -> None:
@@ -62,17 +66,6 @@ def print_banner(trainer: GRPOTrainer) -> None:
         groups = f"{args.generation_batch_size} completions in groups of {args.num_generations}"
         print_once(f"step    {groups}")
         print_once("shown   reward, format (soft, strict), right (lenient, strict), tokens")
-
-
-def describe_out_of_memory() -> str:
-    """Return the error for memory that is too small: what helps, in the order of the GPU notes."""
-    helps = "--gradient_checkpointing True, --use_peft, a smaller --max_completion_length"
-    text = f"error: out of memory. In this order, try {helps}"
-    if torch.cuda.is_available():
-        size = torch.cuda.get_device_properties(0).total_memory / 1e9
-        files = [f"; or --config assets/cards/{n}gb.yaml" for n in CARDS if n < 1.1 * size]
-        text += (files or [""])[-1]
-    return f"{text}; --estimate_memory shows what fits which card"
 
 
 def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
