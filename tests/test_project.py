@@ -121,7 +121,9 @@ def test_which_module_needs_which():
     above = set()
     for layer in LAYERS:
         for name in layer:
-            assert graph[name] - {"assets.memory", "assets.pass_at_k"} <= above, name  # imported in a function
+            assert graph[name] - {"assets.memory", "assets.pass_at_k"} <= above, (
+                name
+            )  # imported in a function
         above |= layer
     assert graph["grpo_demo"] >= LAYERS[2] | {"rewards"}
     TopologicalSorter(graph).prepare()  # raises CycleError
