@@ -191,9 +191,8 @@ class Health(TrainerCallback):
         self.broken = self.broken or not finite
         cut_off = (logs.get("completions/clipped_ratio") or 0) > 0.5
         cure = "raise --max_completion_length, unless they go on after their answer"
-        if (
-            logs.get("rewards/soft_format_reward_func/mean", 0) > 0.25
-        ):  # most are in the format too, so some go on after </answer>
+        soft = logs.get("rewards/soft_format_reward_func/mean", 0)
+        if soft > 0.25:  # most are in the format too, so some go on after </answer>
             cure = "some go on after </answer>: is the model's end token in eos_token_id, "
             cure += "in generation_config.json in its folder?"
         if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
