@@ -74,6 +74,7 @@ FIXED_OPTIONS = {  # of generation
     "max_tokens": "use --max_completion_length",
     "num_beams": "a group is sampled",
     "do_sample": "a group is sampled; greedy answers would all be equal",
+    "eos_token_id": "write it in generation_config.json in the model's folder",
     "return_dict_in_generate": "TRL needs the tokens alone",
 }
 NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"

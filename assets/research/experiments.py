@@ -3,6 +3,7 @@
     python -m assets.research.experiments settings    # learning rates: other seeds, other questions
     python -m assets.research.experiments parts       # one part changed, on the test questions
     python -m assets.research.experiments updates     # six steps in fp32 and bf16
+    python -m assets.research.experiments stops       # right and wrong stop tokens
 
 Each writes runs/<name>.jsonl and skips the runs that are there already. There are as many runs at a
 time as cores, each with one thread: a minute for two runs on two cores.
@@ -11,6 +12,7 @@ time as cores, each with one thread: a minute for two runs on two cores.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,10 +51,15 @@ UPDATES = {
     for rate in ("5e-6", "2.8e-4")
     for dtype in ("float32", "bfloat16")
 }
+STOPS = {
+    "stops where the model ends its text": "",
+    "does not stop there": "--model_name_or_path {folder}/endless",
+}
 KINDS = {  # what is changed, seeds
     "settings": (SETTINGS, [3, 4, 5]),
     "parts": (PARTS, [42, 1, 2]),
     "updates": (UPDATES, [42, 1, 2]),
+    "stops": (STOPS, [42, 1, 2]),
 }
 HARD_SHARE = 0.400  # of the committed questions, as assets/tiny/make.py chose it
 CURVES = [
@@ -106,6 +113,16 @@ def write_validation(folder: Path) -> None:
     write_rows(folder / "test.jsonl", "validation", 512, HARD_SHARE, seed=7)
 
 
+def write_endless_model(folder: Path) -> None:
+    """Write the embedded model with another end token than the one with which it ends its text."""
+    shutil.copytree(TINY, folder)
+    texts = {"tokenizer_config": "<|endoftext|>", "generation_config": 0, "config": 0}
+    for name, token in texts.items():
+        file = folder / f"{name}.json"
+        key = "eos_token" if isinstance(token, str) else "eos_token_id"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: token}))
+
+
 def main() -> None:
     """Run the command line: the runs of one kind that are not in its file yet."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -120,9 +137,11 @@ def main() -> None:
     missing = [job for job in wanted if (job[0], job[2]) not in there]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         write_validation(Path(folder))
+        write_endless_model(Path(folder, "endless"))
         data = folder if kind == "settings" else "assets/tiny"
         # in the order of the table, whichever ends first
-        for row in pool.map(lambda job: run_one(*job, data), missing):
+        jobs = [(name, flags.format(folder=folder), seed) for name, flags, seed in missing]
+        for row in pool.map(lambda job: run_one(*job, data), jobs):
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             after = row["measured"]["after_zero_shot"]
