@@ -3,6 +3,7 @@
     pip install -r requirements.txt
     python grpo_demo.py --config assets/tiny/config.yaml    # laptop: no GPU, network or account
     python grpo_demo.py                                     # one CUDA GPU: Qwen2.5-1.5B on GSM8K
+    python grpo_demo.py --config assets/cards/16gb.yaml     # for cards of 16, 24, 48 or 80 GB
     python grpo_demo.py --estimate_memory                   # what fits which card; needs no GPU
     python grpo_demo.py --use_peft                          # with the gist's LoRA adapter
     python grpo_demo.py --use_vllm                          # after pip install vllm==0.31.0

@@ -10,6 +10,7 @@ import os
 import re
 from difflib import get_close_matches
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import get_type_hints
 
 import torch
@@ -108,11 +109,13 @@ class Parser(TrlParser):
         plain = []
         for arg in args:
             plain += arg.split("=", 1) if arg.startswith("--config=") else [arg]
-        if plain[-1:] == ["--config"]:
-            raise UserError("--config needs the name of a YAML file")
-        if plain.count("--config") > 1:
+        plain = [os.path.expanduser(arg) for arg in plain]
+        files = [file for flag, file in pairwise([*plain, ""]) if flag == "--config"]
+        if len(files) > 1:
             raise UserError("--config can be given once")
-        return super().parse_args_and_config([os.path.expanduser(arg) for arg in plain])
+        if files and not os.path.isfile(files[0]):
+            raise UserError(f"--config {files[0]}: there is no such YAML file")
+        return super().parse_args_and_config(plain)
 
     def error(self, message: str):
         """Raise UserError; argparse would print all 200 flags first."""

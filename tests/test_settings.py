@@ -142,9 +142,9 @@ def test_flags_over_yaml_over_constants(tmp_path, monkeypatch):
         (["--xyzzy", "1"], "--xyzzy; --help"),  # near no other
         (["--beta", "much"], "--beta"),
         (["--config"], "--config"),
-        (["--config=nowhere.yaml"], "No such file or directory.*nowhere.yaml"),
-        (["--config", "nowhere.yaml"], "No such file or directory.*nowhere.yaml"),
-        (["--config", "assets"], "Is a directory.*assets"),
+        (["--config=nowhere.yaml"], "nowhere.yaml: there is no such YAML file"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such YAML file"),
+        (["--config", "assets"], "assets: there is no such YAML file"),
         ([*LAPTOP, *LAPTOP], "--config can be given once"),
         ([*LAPTOP, "--config=assets/tiny/config.yaml"], "--config can be given once"),
         (["--gradient_accumulation_steps", "1"], "num_generations"),
