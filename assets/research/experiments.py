@@ -73,13 +73,14 @@ CURVES = [
 ]
 
 
-def run_one(name: str, flags: str, seed: int, data: str) -> dict:
+def run_one(name: str, flags: str, seed: int, data: str, models: str) -> dict:
     """Do one laptop run of 60 steps of 64 completions; return its line of the file."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
         command = [sys.executable, "grpo_demo.py", "--config", "assets/tiny/config.yaml"]
         command += ["--max_steps", "60", "--save_steps", "60", "--seed", str(seed)]
-        command += ["--output_dir", str(out), "--dataset_name", data, *flags.split()]
+        command += ["--output_dir", str(out), "--dataset_name", data]
+        command += flags.format(folder=models).split()
         command += ["--report_to", "none", "--log_completions", "False", "--disable_tqdm", "True"]
         single = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=single, capture_output=True, text=True)
@@ -140,8 +141,7 @@ def main() -> None:
         write_endless_model(Path(folder, "endless"))
         data = folder if kind == "settings" else "assets/tiny"
         # in the order of the table, whichever ends first
-        jobs = [(name, flags.format(folder=folder), seed) for name, flags, seed in missing]
-        for row in pool.map(lambda job: run_one(*job, data), jobs):
+        for row in pool.map(lambda job: run_one(*job, data, folder), missing):
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             after = row["measured"]["after_zero_shot"]

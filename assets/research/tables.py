@@ -339,6 +339,19 @@ def parts() -> str:
     return table([*titles, "strict XML, last ten steps", "±", "KL"], rows)
 
 
+def stops() -> str:
+    """Return what wrong stop tokens do: trained laptop models, means over seeds."""
+    rows = []
+    for change, group in lines("stops").items():
+        after = [run["measured"][AFTER] for run in group]
+        measures = ("soft_format", "strict_format", "strict_accuracy", "truncated")
+        cells = [f"{mean(row[measure] for row in after):.1%}" for measure in measures]
+        reward = f"{mean(at_the_end(run) for run in group):.3f}"
+        rows.append([change, len(group), *cells, reward])
+    titles = ["soft format", "strict format", "strict accuracy", "truncated"]
+    return table(["generation", "seeds", *titles, "strict format reward, last ten steps"], rows)
+
+
 def updates() -> str:
     """Return what bf16 does to small updates: six steps, and how far the weights have moved."""
     rows = []
@@ -376,6 +389,7 @@ TABLES = {
     "settings": settings,
     "parts": parts,
     "updates": updates,
+    "stops": stops,
     "benchmark": benchmark,
 }
 
@@ -406,6 +420,8 @@ CELLS = {  # README's numbers that stand in a table: its name, row, column
     "plain_pass1": ("qwen_passed", "1", "untrained, lenient"),
     "plain_pass16": ("qwen_passed", "16", "untrained, lenient"),
     "stray": ("tails", f"{code(STRAY[0])}, a second one", "trained"),
+    "endless_soft": ("stops", "does not stop there", "soft format"),
+    "endless_strict": ("stops", "does not stop there", "strict format"),
     "no_correctness": ("parts", "without correctness", "strict accuracy"),
     "only_sampled": ("parts", "correctness only", "strict XML, last ten steps"),
     "default_memory": ("default_command", "peak resident memory, GB", "measured"),
