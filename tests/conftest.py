@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -48,8 +49,14 @@ def note(fault: str, tried: object, recovered: object, lost: object) -> None:
             file.write(json.dumps([fault, tried, recovered, lost]) + "\n")
 
 
-def child(argv: list[str], env: dict[str, str], logs: list[str]) -> None:
-    """Run `main(argv)` in a forked process, with its own environment and output files."""
+def child(argv: list[str], env: dict[str, str], logs: list[str], spare: int | None) -> None:
+    """Run `main(argv)` in a forked process, with its own environment and output files.
+
+    spare  bytes that it can allocate, beyond what the loaded libraries take
+    """
+    if spare:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + spare, taken + spare))
     os.environ.clear()
     os.environ.update(env)
     for number, log in enumerate(logs, 1):
@@ -66,13 +73,13 @@ def child(argv: list[str], env: dict[str, str], logs: list[str]) -> None:
 class Job:
     """A run of the script in the background, in a forked child."""
 
-    def __init__(self, *flags: object, env: dict | None = None):
+    def __init__(self, *flags: object, env: dict | None = None, spare: int | None = None):
         log = f"{os.environ['JOBS']}/{time.monotonic_ns()}"
         self.logs = [f"{log}.out", f"{log}.err"]
         for path in self.logs:
             Path(path).touch()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_API")}
-        arguments = ([*map(str, flags)], clean | (env or {}), self.logs)
+        arguments = ([*map(str, flags)], clean | (env or {}), self.logs, spare)
         self.process = FORKS.Process(target=child, args=arguments)
         self.process.start()
         self.pid = self.process.pid
@@ -96,9 +103,9 @@ def jobs(tmp_path_factory):
     os.environ["JOBS"] = str(tmp_path_factory.mktemp("jobs"))
 
 
-def run(*flags: object, env: dict | None = None) -> SimpleNamespace:
+def run(*flags: object, **options: object) -> SimpleNamespace:
     """Run `python grpo_demo.py FLAGS` in a forked child: stdout, stderr and exit status."""
-    return Job(*flags, env=env).wait()
+    return Job(*flags, **options).wait()
 
 
 def command(*flags: object, env: dict | None = None, launcher: tuple = (sys.executable,)):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -32,9 +33,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState
 
 import grpo_demo
+from assets import evaluate
 from assets.research.record import collect
 from assets.resume import is_complete
 from assets.terminal import Health
+from rewards import REWARD_FUNCS
 
 SMALL = (
     *(*LAPTOP, "--per_device_train_batch_size", 16, "--num_generations", 4),
@@ -488,6 +491,59 @@ def test_steps_that_fp16_skips_do_not_end_the_run_at_once():
             assert not control.should_training_stop
         health.on_log(args, state, control, logs=logs | {"grad_norm": float("nan")})
         assert control.should_training_stop
+
+
+def check_out_of_memory(done: SimpleNamespace) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "out of memory" in line
+    for flag in ("--gradient_checkpointing True", "--use_peft", "--max_completion_length"):
+        assert flag in line
+
+
+def test_out_of_memory_in_a_step_is_one_line(tmp_path):
+    """The first layer of a step of 4,096 completions takes more than the half GB that is left."""
+    large = ("--per_device_train_batch_size", 4096, "--num_generations", 16)
+    flags = (*LAPTOP, *large, "--evaluate", "False", "--report_to", "none")
+    done = run(*flags, "--output_dir", tmp_path / "run", spare=2**29)
+    check_out_of_memory(done)
+    assert "4096 completions" in done.stdout and (tmp_path / "run/run.json").exists()
+
+
+def test_out_of_memory_while_the_model_is_loaded_is_one_line_and_leaves_no_file(tmp_path):
+    """Its MLPs have a width of a million: 640 MB a matrix. They are not in the file: made anew."""
+    model = tmp_path / "model"
+    shutil.copytree("assets/tiny", model)
+    config = json.loads((model / "config.json").read_text()) | {"intermediate_size": 1_000_000}
+    (model / "config.json").write_text(json.dumps(config))
+    weights = load_file(model / "model.safetensors")
+    small = {name: value for name, value in weights.items() if ".mlp." not in name}
+    save_file(small, model / "model.safetensors", metadata={"format": "pt"})
+    flags = ("--model_name_or_path", model, "--output_dir", tmp_path / "run")
+    check_out_of_memory(run(*LAPTOP, *flags, spare=2**29))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["a reward", "TRL", "the evaluation"])
+def test_an_error_in_the_code_is_a_traceback(tmp_path, monkeypatch, place):
+    """Not one line that blames the settings: a ValueError here is nobody's wrong flag."""
+
+    def bug(*args, **kwargs):
+        raise ValueError("a bug")
+
+    bug.__name__ = "xmlcount_reward_func"
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of pytest stay
+    if place == "a reward":
+        monkeypatch.setattr(grpo_demo.rewards, "REWARD_FUNCS", [bug, *REWARD_FUNCS[1:]])
+    elif place == "TRL":
+        monkeypatch.setattr(grpo_demo.GRPOTrainer, "compute_loss", bug)
+    else:
+        monkeypatch.setattr(evaluate, "score", bug)
+    flags = ["--report_to", "none", "--max_steps", "1", "--eval_samples", "4"]
+    evaluated = str(place == "the evaluation")
+    with pytest.raises(ValueError, match="a bug"):
+        where = ["--evaluate", evaluated, "--output_dir", str(tmp_path / "run")]
+        grpo_demo.main([*LAPTOP, *flags, *where])
 
 
 def test_a_process_that_dies_takes_the_run_down_and_it_resumes(tmp_path):
