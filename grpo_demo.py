@@ -402,7 +402,7 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
     evaluation = build_evaluation(args, model_args)
     trainer = prepare_trainer(args, model_args, evaluation.rows)
-    config = resume.describe(args, model_args, evaluation.rows, SYSTEM_PROMPT, rewards.__file__)
+    config = resume.describe(args, model_args, SYSTEM_PROMPT, evaluation.rows)
     out = Path(args.output_dir)
     evaluation.out = first_process(lambda: resume.choose_evaluation(out, config))
     terminal.print_banner(trainer)
@@ -421,9 +421,10 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     evaluation = build_evaluation(args, model_args) if args.evaluate else None
     if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
         raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
-    config = resume.describe(args, model_args, rows, SYSTEM_PROMPT, rewards.__file__)
+    held_out = evaluation and evaluation.rows
+    config = resume.describe(args, model_args, SYSTEM_PROMPT, rows, held_out)
     with resume.claim_output(args, config) as run:
-        trainer = prepare_trainer(args, model_args, rows, evaluation and evaluation.rows)
+        trainer = prepare_trainer(args, model_args, rows, held_out)
         trainer.create_model_card = lambda **_: write_card(args, model_args.model_name_or_path)
         trainer.add_callback(terminal.Progress(trainer, args.print_steps))
         trainer.add_callback(terminal.Health())

@@ -9,24 +9,25 @@ import re
 import shutil
 import signal
 import socket
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
+import rewards
 from assets import wandb_run
 from assets.common import UserError, first_process, print_error, print_once, write_json
 
@@ -35,47 +36,55 @@ FREE_SETTINGS = """
     evaluate eval_only eval_samples eval_generations eval_batch_size per_device_eval_batch_size
     estimate_memory output_dir overwrite_output report_to project run_name log_* logging_*
     *_to_print print_steps save_* hub_* push_to_hub disable_tqdm local_rank
-    per_device_train_batch_size train_batch_size gradient_accumulation_steps steps_per_generation
-    gradient_checkpointing* dataloader_num_workers dataloader_p* torch_empty_cache_steps
+    train_batch_size gradient_accumulation_steps steps_per_generation
+    dataloader_num_workers dataloader_p* torch_empty_cache_steps
     vllm_gpu_memory_utilization vllm_enable_sleep_mode vllm_server_*
 """
+# These may differ too, with a warning: they change rounding, and what dropout leaves out
+ROUNDING = "per_device_train_batch_size gradient_checkpointing device torch transformers trl"
 DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
-LOCK, OWNER = ".lock", ".owner"
+LOCK, OWNER, SIZES = ".lock", ".owner", "sizes.json"
 HELD = []  # locks, until the process ends, however it ends
 
 
 @dataclass
 class Run:
-    """A claimed output directory.
+    """A claimed output directory."""
 
-    record      what `run.json` holds: settings, W&B's id, whether the run is finished
-    checkpoint  the folder to resume from; None: train from the first step
-    """
-
-    record: dict
-    checkpoint: str | None = None
+    record: dict  # what `run.json` holds: settings, W&B's id, whether the run is finished
+    checkpoint: str | None = None  # the folder to resume from; None: train from the first step
 
 
 class AtLastStep(Exception):
     """The checkpoint that was loaded is that of the last step: nothing is left to train."""
 
 
-def describe(
-    args: GRPOConfig, model_args: ModelConfig, rows: Dataset, system_prompt: str, rewards: str
-) -> dict:
+def describe(args: GRPOConfig, model_args: ModelConfig, prompt: str, *data: Dataset) -> dict:
     """Return all settings of a run, with fingerprints of data, rewards file and local model.
 
+    prompt  the system prompt
+    data    the rows of training and, if there are, of the evaluation
+
     A step's completions (generation_batch_size) and the optimizer's batch are among them, so their
-    factors are free, unless the loss depends on the micro-batch.
+    factors are free, unless the loss has means over the micro-batch.
     """
-    config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": system_prompt}
+    config = vars(model_args) | args.to_sanitized_dict() | {"system_prompt": prompt}
     micro_batch = args.per_device_train_batch_size
     config["optimizer batch"] = micro_batch * args.gradient_accumulation_steps * args.world_size
-    if args.loss_type == "bnpo" or args.top_entropy_quantile < 1:
+    entropy = args.top_entropy_quantile < 1 or args.entropy_coef or args.use_adaptive_entropy
+    if args.loss_type == "bnpo" or entropy or args.router_aux_loss_coef:
         config["micro-batch"] = micro_batch
     config["world_size"] = args.world_size
-    config["data"] = sha256(repr(rows.to_dict()).encode()).hexdigest()[:12]
-    config["rewards.py"] = fingerprint(Path(rewards))
+    gpu = args.device.type == "cuda"
+    config["device"] = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
+    config |= {name: version(name) for name in ("torch", "transformers", "trl")}
+    if args.eval_strategy == "no":
+        data = data[:1]
+    else:  # it draws random numbers of training
+        config["held-out batch"] = args.per_device_eval_batch_size
+    texts = [repr(rows and rows.to_dict()) for rows in data]
+    config["data"] = [sha256(text.encode()).hexdigest()[:12] for text in texts]
+    config["rewards.py"] = fingerprint(Path(rewards.__file__))
     for file in sorted(Path(model_args.model_name_or_path).glob("*.*")):
         if file.suffix in (".safetensors", ".json", ".jinja"):
             config[f"model file {file.name}"] = fingerprint(file)
@@ -96,8 +105,6 @@ def fingerprint(file: Path) -> str:
 @contextmanager
 def claim_output(args: GRPOConfig, config: dict) -> Iterator[Run]:
     """Claim `args.output_dir` and yield its `Run`; at the end mark it as finished and close W&B.
-
-    config  all settings of the run; those that change what is computed are compared on resume
 
     Exits with status 0 if the run is finished, 1 if the disk is full. UserError if the directory is
     in use, holds a run with other settings, or other files.
@@ -135,19 +142,13 @@ def claim(args: GRPOConfig, config: dict) -> Run:
     out = Path(args.output_dir)
     lock(out)
     new = {"settings": choose(config), "wandb_id": token_hex(4), "finished": False}
-    new |= {"overwrote": args.overwrite_output, "micro_batch": args.per_device_train_batch_size}
+    new["overwrote"] = args.overwrite_output
     old = read_record(out, args.overwrite_output)
     same_command = old == {**new, "wandb_id": old.get("wandb_id")}
     if args.overwrite_output and not same_command:
         move_aside(out)
     elif old:
-        if (
-            config["use_peft"]
-            and config["lora_dropout"]
-            and old.get("micro_batch") != new["micro_batch"]
-        ):
-            print_error("warning: another micro-batch draws other dropout: other last digits")
-        return Run(old, find_checkpoint(out, new["settings"], old, args.world_size))
+        return Run(old, find_checkpoint(out, new["settings"], old))
     elif any(not is_left_over(file.relative_to(out)) for file in out.rglob("*") if file.is_file()):
         refuse(out, "holds other files")
     return Run(new)
@@ -222,32 +223,32 @@ def read_record(out: Path, overwrite: bool) -> dict:
     return {} if overwrite else refuse(out, "has a damaged run.json")
 
 
-def find_checkpoint(out: Path, new: dict, record: dict, processes: int) -> str | None:
-    """Return the newest complete checkpoint of a stopped run, None if there is none.
+def find_checkpoint(out: Path, new: dict, record: dict) -> str | None:
+    """Return the newest complete checkpoint of the run in `record`, None if there is none.
 
-    new     settings of this start, compared with those of `record`
-    record  what `run.json` holds
-
-    Exits with status 0 if the run is finished. UserError if its settings are others.
+    Exits with status 0 if the run is finished. UserError if the settings of this start, `new`,
+    are others.
     """
     old = record["settings"]
-    names = sorted(old.keys() | new.keys())
-    changed = [name for name in names if old.get(name) != new.get(name)]
-    if record["finished"] and changed and {*changed} <= {"max_steps", "num_train_epochs"}:
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in names}
+    rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
+    if record["finished"] and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
         release(out)
         further = f"--model_name_or_path {out} --output_dir {out}-2"
         raise UserError(f"{out} is finished; to train its model further, add: {further}")
     if changed:
-        texts = [f"{name} {old.get(name)} -> {new.get(name)}" for name in changed]
-        refuse(out, f"is a run with other settings ({'; '.join(texts)})")
+        refuse(out, f"is a run with other settings ({'; '.join(changed.values())})")
     if record["finished"]:
         print_once(f"{out} is finished, nothing to do; --overwrite_output starts again")
         raise SystemExit(0)
+    if rounding:
+        print_error(f"warning: {'; '.join(rounding)}: results will differ by rounding")
     found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in out.iterdir()]
     steps = sorted((int(match[1]) for match in found if match), reverse=True)
     for step in steps:
         folder = out / f"checkpoint-{step}"
-        if is_complete(folder, processes):
+        if is_complete(folder):
             print_once(f"resuming from {folder}")
             return str(folder)
         print_error(f"warning: {folder} is incomplete or damaged: passed over")
@@ -256,29 +257,14 @@ def find_checkpoint(out: Path, new: dict, record: dict, processes: int) -> str |
     return None
 
 
-def is_complete(folder: Path, processes: int) -> bool:
-    """Return whether all files of a checkpoint are there and whole.
-
-    transformers writes trainer_state.json last, after the other files of the first process. So this
-    looks for files of the other processes, and for files cut off or lost after they were written.
-    """
-    saved = [file for file in folder.rglob("*.pt*") if file.suffix in (".pt", ".pth")]
-    weights = [*folder.glob("*.safetensors")]
-    shards = [*folder.glob("global_step*/*optim_states.pt")]  # DeepSpeed: one a process
+def is_complete(folder: Path) -> bool:
+    """Return whether all files of a checkpoint are there, and as long as when they were saved."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())
-        for file in weights:
-            with safe_open(file, "pt"):  # reads the header and compares the length
-                pass
-    except Exception:  # whatever a library makes of a damaged file
+        sizes = json.loads((folder / SIZES).read_text())
+    except (OSError, ValueError):
         return False
-    return (
-        all(map(zipfile.is_zipfile, saved))  # what torch.save writes; the end is looked at
-        and len([*folder.glob("rng_state*.pth")]) == processes
-        and (len(shards) == processes if shards else any(folder.glob("optimizer*")))
-        and any(weights or folder.glob("pytorch_model_fsdp*"))
-        and (folder / "scheduler.pt").exists()
-    )
+    files = {folder / name: size for name, size in sizes.items()}
+    return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
 class StopAndResume(TrainerCallback):
@@ -312,6 +298,8 @@ class StopAndResume(TrainerCallback):
         self.training = True
         if not self.checkpoint:
             return
+        state.compute_steps(args, state.max_steps)  # as set now, not as in the checkpoint
+        args.eval_on_start = False
         batch_sampler = train_dataloader.batch_sampler
         sampler = getattr(batch_sampler, "batch_sampler", batch_sampler).sampler
         for _ in range(int(state.epoch)):  # shuffle as often as the epochs before have done
@@ -332,12 +320,18 @@ class StopAndResume(TrainerCallback):
         used_up = self.batch % self.batches == 0 or state.global_step >= state.max_steps
         control.should_save = self.save_is_due and used_up
         self.save_is_due = self.save_is_due and not used_up
+        control.should_log |= control.should_save  # TRL has what is not logged in memory only
         control.should_training_stop |= self.signal > 0 and used_up
 
     def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.reference is not None and state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             torch.save(self.reference.state_dict(), folder / "reference.pt")
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+            write_json(folder / SIZES, sizes)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False

@@ -113,7 +113,7 @@ class Progress(TrainerCallback):
         self.bar = tqdm(**steps, bar_format=form, disable=hidden, dynamic_ncols=True, leave=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" not in logs or not state.is_world_process_zero:
+        if "reward" not in logs or not state.is_world_process_zero or self.bar is None:
             return
         try:
             self.show(state.global_step, state.max_steps, logs)
