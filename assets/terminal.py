@@ -65,7 +65,7 @@ def print_banner(trainer: GRPOTrainer) -> None:
     if not args.eval_only:
         groups = f"{args.generation_batch_size} completions in groups of {args.num_generations}"
         print_once(f"step    {groups}")
-        print_once("shown   reward, format (soft, strict), right (lenient, strict), tokens")
+        print_once("shown   reward, format (soft, strict), right (lenient, strict), KL, tokens")
 
 
 def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
@@ -126,7 +126,8 @@ class Progress(TrainerCallback):
         right = [f"{logs.get(f'accuracy/{kind}', 0.0):.0%}" for kind in ("lenient", "strict")]
         text = f"{logs.get('step_time') or 0:.1f}s reward {logs['reward']:.2f} "
         text += f"format {soft:.2f} {strict:.2f} right {' '.join(right)} "
-        text += f"tokens {logs['completions/mean_length']:.0f}"
+        kl = f"{logs.get('kl') or 0:.2f}".removeprefix("0")  # 80 columns are few
+        text += f"kl {kl} tok {logs['completions/mean_length']:.0f}"
         if not self.bar.disable:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(step - self.bar.n)

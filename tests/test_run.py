@@ -223,7 +223,7 @@ def test_the_log_is_short_and_fits_in_80_columns(laptop):
     assert [line for line in lines if len(line) > 80 and not line.startswith(paths)] == []
     progress = [line for line in lines if re.match(r"\d+/60 ", line)]
     assert 10 <= len(progress) <= 30 and progress[-1].startswith("60/60 ")
-    for word in ("left", "reward", "format", "right", "tokens"):
+    for word in ("left", "reward", "format", "right", "kl", "tok"):
         assert word in progress[0]
     samples = [line for line in lines if line.startswith("\u256d\u2500 step ")]
     assert len(samples) == 7  # the first step and every tenth
@@ -256,7 +256,7 @@ def test_a_terminal_has_one_line_of_progress(tmp_path):
         line for line in re.split(r"[\r\n]+", plain) if not line.startswith(("output", "chat"))
     ]
     assert max(map(len, drawn)) <= 80
-    assert re.search(r"3/3 00:00 left .* reward .* format .* right .* tokens \d+", plain)
+    assert re.search(r"3/3 00:00 left .* reward .* format .* right .* kl [\d.]+ tok \d+", plain)
     assert plain.count("advantage ") == 1  # the first step's sample
     flags += ["--disable_tqdm", "True", "--output_dir", str(tmp_path / "b")]
     assert "\r3/3" not in in_a_terminal(*flags, env={}) and "\r3/3" in shown
