@@ -14,7 +14,8 @@
 Every constant below, except the prompt's texts, is also a flag and a YAML key (`--config FILE`), in
 lower case; so is every field of TRL's GRPOConfig and ModelConfig.
 
-GRPO in six lines (arXiv 2402.03300; `tests/test_step.py` writes the whole step out, without TRL):
+GRPO in six lines (arXiv 2402.03300; `tests/test_step.py` writes the whole step out, without TRL,
+which computes it in GRPOTrainer._compute_loss):
 
     For each prompt, the model samples a group of G completions; each gets a reward r.
     Its advantage is A = (r - mean of the group) / (std of the group + 1e-4).
@@ -191,9 +192,6 @@ class DemoConfig(GRPOConfig):
         self.output_dir = os.path.expanduser(self.output_dir)
         settings.check_values(self)
         settings.check_gpu(self)
-        if self.reward_weights and len(self.reward_weights) != len(rewards.REWARD_FUNCS):
-            names = ", ".join(function.__name__ for function in rewards.REWARD_FUNCS)
-            raise UserError(f"--reward_weights: give a weight for each of {names}")
         super().__post_init__()
         settings.check_tools(self)
 
@@ -268,7 +266,7 @@ def read_split(name: str, config: str | None, split: str) -> Dataset | list[str]
     found = [file for place in (path, path / str(config)) for file in place.glob(f"{split}[.-]*")]
     files = [path] if path.is_file() and split == "train" else sorted(found)
     if not files:
-        there = ", ".join(sorted(file.name for file in path.glob("*"))[:9]) or "nothing"
+        there = ", ".join(sorted(file.name for file in path.glob("*"))[:9]) or "no such files"
         raise FileNotFoundError(f"looked for {split}.jsonl, {split}*.parquet; found {there}")
     if len(files) == 1 and files[0].suffix not in (".gz", ".parquet", ".json"):
         lines = files[0].read_text("utf-8-sig", errors="replace").split("\n")

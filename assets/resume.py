@@ -131,24 +131,25 @@ def claim_output(args: GRPOConfig, config: dict) -> Iterator[Run]:
     wandb_run.close_run()
 
 
-def choose(config: dict) -> dict[str, str]:
+def settings_to_compare(config: dict) -> dict[str, str]:
     """Return the settings that must be equal when a run is resumed, as texts."""
     free = {name for name in config for part in FREE_SETTINGS.split() if fnmatch(name, part)}
     return {name: str(value) for name, value in config.items() if name not in free}
 
 
 def claim(args: GRPOConfig, config: dict) -> Run:
-    """Lock `args.output_dir`; is it new, resumable, finished, or unrelated?"""
+    """Lock `args.output_dir`; return a new run or a resumable one, refuse what is unrelated."""
     out = Path(args.output_dir)
     lock(out)
-    new = {"settings": choose(config), "wandb_id": token_hex(4), "finished": False}
+    new = {"settings": settings_to_compare(config), "wandb_id": token_hex(4), "finished": False}
     new["overwrote"] = args.overwrite_output
     old = read_record(out, args.overwrite_output)
+    # The same command after a kill: its own half-done run is not moved aside
     same_command = old == {**new, "wandb_id": old.get("wandb_id")}
     if args.overwrite_output and not same_command:
         move_aside(out)
     elif old:
-        return Run(old, find_checkpoint(out, new["settings"], old))
+        return Run(old, resume_or_refuse(out, new["settings"], old))
     elif any(not is_left_over(file.relative_to(out)) for file in out.rglob("*") if file.is_file()):
         refuse(out, "holds other files")
     return Run(new)
@@ -156,7 +157,7 @@ def claim(args: GRPOConfig, config: dict) -> Run:
 
 def choose_evaluation(out: Path, config: dict) -> Path:
     """Return the folder of an evaluation of these settings that was stopped, else a new one."""
-    begun = {"settings": choose(config)}
+    begun = {"settings": settings_to_compare(config)}
     for file in sorted(out.glob("eval-*/evaluation.json"), reverse=True):
         if json.loads(file.read_text()) == begun:
             print_once(f"resuming {file.parent}")
@@ -223,7 +224,7 @@ def read_record(out: Path, overwrite: bool) -> dict:
     return {} if overwrite else refuse(out, "has a damaged run.json")
 
 
-def find_checkpoint(out: Path, new: dict, record: dict) -> str | None:
+def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
     """Return the newest complete checkpoint of the run in `record`, None if there is none.
 
     Exits with status 0 if the run is finished. UserError if the settings of this start, `new`,
@@ -232,11 +233,16 @@ def find_checkpoint(out: Path, new: dict, record: dict) -> str | None:
     old = record["settings"]
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in names}
+    for name in changed:
+        if name in ("data", "rewards.py") or name.startswith("model file "):
+            changed[name] = f"{name} has changed"
     rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
     if record["finished"] and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
         release(out)
         further = f"--model_name_or_path {out} --output_dir {out}-2"
-        raise UserError(f"{out} is finished; to train its model further, add: {further}")
+        raise UserError(
+            f"{out} is finished; to train its model further, with steps from 0, add: {further}"
+        )
     if changed:
         refuse(out, f"is a run with other settings ({'; '.join(changed.values())})")
     if record["finished"]:

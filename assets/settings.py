@@ -1,6 +1,8 @@
-"""Refuse settings that would fail late, or never: before anything is loaded, in one line.
+"""Refuse settings that would fail late, or never, in one line.
 
-What libraries refuse when the command line is read is left to them.
+`check_values`, `check_gpu` and `check_tools` run when the command line is read; the checks of chat
+template, stop tokens and prompts run when the model is loaded, before any work. What libraries
+refuse when the command line is read is left to them.
 """
 
 import argparse
@@ -124,7 +126,8 @@ class Parser(TrlParser):
     def unknown(self, kind: str, name: str):
         """Raise UserError for a name that is no setting; it names the nearest one."""
         near = get_close_matches(name.lstrip("-"), self.actions, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        dashes = "--" if name.startswith("--") else ""
+        hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
         self.error(f"unknown {kind} {name}; {hint}")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -186,7 +189,8 @@ def check_values(args: object) -> None:
             raise UserError(f"--{name} is empty")
     five, weights = len(REWARD_FUNCS), getattr(args, "reward_weights", None) or []
     if weights and (len(weights) != five or not all(map(math.isfinite, weights))):
-        raise UserError(f"--reward_weights {weights}: there must be {five}, all finite")
+        names = ", ".join(getattr(reward, "__name__", "?") for reward in REWARD_FUNCS)
+        raise UserError(f"--reward_weights {weights}: give {five} finite weights, for {names}")
 
 
 def check_tools(args: trl.GRPOConfig) -> None:

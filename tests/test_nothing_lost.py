@@ -342,7 +342,7 @@ def test_another_model_at_the_same_path_is_seen(tmp_path):
     weights = load_file(model / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors")
     done = run(*flags)
-    assert done.returncode == 2 and "(model file model.safetensors " in done.stderr
+    assert done.returncode == 2 and "(model file model.safetensors has changed" in done.stderr
 
 
 def test_two_checkpoints_are_kept(whole):

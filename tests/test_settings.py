@@ -136,8 +136,8 @@ def test_flags_over_yaml_over_constants(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--learning_rat", "1"], "--learning_rat; did you mean learning_rate"),
-        (["--max-prompt-lenght", "1"], "--max-prompt-lenght; did you mean max_prompt_length"),
+        (["--learning_rat", "1"], "--learning_rat; did you mean --learning_rate"),
+        (["--max-prompt-lenght", "1"], "--max-prompt-lenght; did you mean --max_prompt_length"),
         (["--learning", "1"], "--learning"),  # no abbreviations
         (["--xyzzy", "1"], "--xyzzy; --help"),  # near no other
         (["--beta", "much"], "--beta"),
