@@ -1,9 +1,11 @@
 """Datasets: local folders, bad rows, long prompts, the real GSM8K and the embedded one."""
 
+import gzip
 import json
 
 import pytest
 from conftest import GSM8K, LAPTOP, ROOT, gsm8k, needs_gsm8k
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 import grpo_demo
@@ -27,6 +29,35 @@ def test_a_local_folder(tmp_path):
     rows = get_gsm8k_questions("train", folder(tmp_path, GOOD, GOOD, ""))
     assert rows.column_names == ["prompt", "question", "answer"] and len(rows) == 2
     assert rows[0]["answer"] == "4" and rows[0]["prompt"] == grpo_demo.make_prompt("How many?")
+
+
+@pytest.mark.parametrize("kind", ["gz", "json", "parquet", "hub", "saved"])
+def test_datasets_as_people_have_them_on_disk(tmp_path, kind):
+    splits = {split: embedded(split)[:9] for split in ("train", "test")}
+    for split, rows in splits.items():
+        lines = "\n".join(map(json.dumps, rows))
+        if kind == "gz":
+            with gzip.open(tmp_path / f"{split}.jsonl.gz", "wt") as file:
+                file.write(lines)
+        elif kind == "json":
+            (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+        elif kind == "parquet":
+            Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
+        elif kind == "hub":
+            Dataset.from_list(rows).to_parquet(tmp_path / f"main/{split}-00000-of-00001.parquet")
+    if kind == "saved":
+        DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()}).save_to_disk(tmp_path)
+    for split, rows in splits.items():
+        read = get_gsm8k_questions(split, str(tmp_path))
+        assert read["question"][:] == [row["question"] for row in rows]
+
+
+def test_a_single_file_is_the_train_split(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(GOOD + "\n" + GOOD)
+    args, _ = laptop(tmp_path, "--dataset_name", str(tmp_path / "mine.jsonl"))
+    assert len(load_questions(args, "train")) == 2
+    with pytest.raises(UserError, match="--evaluate False needs none"):
+        load_questions(args, "test")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):

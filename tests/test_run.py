@@ -40,6 +40,7 @@ from huggingface_hub.utils import filter_repo_objects
 import grpo_demo
 from assets import settings
 from assets.research.record import collect, time_split
+from assets.terminal import watch_reward
 from rewards import REWARD_FUNCS
 
 NAMES = [f.__name__ for f in REWARD_FUNCS]
@@ -293,6 +294,49 @@ def test_the_evaluation(laptop):
     assert {name for name, n in points.items() if n == 1 and "eval/" in name} <= {
         name for name in points if name.startswith("eval/chart")
     }
+
+
+BRIEF = ("--max_steps", 1, "--evaluate", "False", "--save_strategy", "no")
+BRIEF = (*LAPTOP, *BRIEF, "--per_device_train_batch_size", 8)
+
+
+@pytest.mark.parametrize("off", [{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}])
+def test_wandb_is_off_when_the_environment_says_so(tmp_path, off):
+    key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = run(*BRIEF, "--output_dir", tmp_path / "run", env=key | off)
+    assert done.returncode == 0 and "W&B" not in done.stdout, done.stderr[-2000:]
+    assert not list(tmp_path.rglob("*.wandb"))
+
+
+def test_wandb_takes_name_and_folder_from_the_environment(tmp_path):
+    env = {"WANDB_NAME": "mine", "WANDB_DIR": str(tmp_path / "there")}
+    (tmp_path / "there").mkdir()
+    done = run(*BRIEF, "--output_dir", tmp_path / "run", env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.rglob("*.wandb")
+    assert file.is_relative_to(tmp_path / "there") and f"wandb leet {file.parent}" in done.stdout
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    assert '"mine"' in subprocess.run(inspect, capture_output=True, text=True).stdout
+
+
+def test_a_terminal_that_lacks_a_character_does_not_stop_the_run(tmp_path):
+    rows = [json.dumps({"question": f"{i} \u2014 \u20ac?", "answer": "#### 1"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    flags = (*BRIEF, "--dataset_name", tmp_path, "--output_dir", tmp_path / "run")
+    done = command(*flags, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "1/1" in done.stdout and " ? ??" in done.stdout
+
+
+def test_a_reward_that_is_not_finite_is_named_once(capsys):
+    def odd(completions, **kwargs):
+        return [float("nan"), None, float("-inf"), 1.0]
+
+    completions = [[{"role": "assistant", "content": text}] for text in "abcd"]
+    watched = watch_reward(odd)
+    assert watched.__name__ == "odd" and watched(completions=completions)[3] == 1.0
+    watched(completions=completions)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "odd" in line and "2 of 4" in line and line.endswith("'a'")
 
 
 def test_evaluation_does_not_change_training(tmp_path):

@@ -135,6 +135,11 @@ def code(text: str) -> str:
     return "`" + text.replace("\n", "\\n") + "`"
 
 
+def code_lines(text: str) -> str:
+    """Return a text as one code span a line, so that a narrow page can break it."""
+    return " ".join(f"`{line}`" for line in text.replace("\n", "\\n\n").splitlines())
+
+
 def spread(values: list[float], form: str = "{:.1%}") -> list[str]:
     """Return two cells: the mean over seeds, and half of the range."""
     return [form.format(mean(values)), form.format((max(values) - min(values)) / 2)]
@@ -283,7 +288,9 @@ def examples() -> str:
     rows = []
     for _, text, why in EXAMPLES:
         got = [f(completions=[[{"content": text}]], answer=["18"])[0] for f in REWARD_FUNCS]
-        rows.append([code(text), *(f"{reward:.3f}" for reward in got), f"**{sum(got):.3f}**", why])
+        rows.append(
+            [code_lines(text), *(f"{reward:.3f}" for reward in got), f"**{sum(got):.3f}**", why]
+        )
     return table(["completion; the gold answer is 18", *REWARDS, "sum", "why"], rows)
 
 
@@ -297,7 +304,7 @@ def group(count: int | None = None) -> str:
     for row, rewards, total in zip(completions, got, sums, strict=True):
         cells = [f"{reward:.3f}" for reward in [*rewards, total]]
         advantage = (total - middle) / (deviation + 1e-4)
-        rows.append([code(row["completion"]), *cells, f"{advantage:+.3f}"])
+        rows.append([code_lines(row["completion"]), *cells, f"{advantage:+.3f}"])
     shown = f"{len(rows)} completions"
     if count:  # of different rewards, the best and the worst among them
         shown = f"{count} of {shown}"
