@@ -195,8 +195,10 @@ def check_values(args: object) -> None:
 
 def check_tools(args: trl.GRPOConfig) -> None:
     """Raise UserError if optimizer, scheduler, sampling or a logger cannot be made."""
-    if args.use_vllm and not find_spec("vllm"):
-        raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
+    packages = {"use_vllm": "vllm==0.31.0", "use_liger_kernel": "liger-kernel"}
+    for flag, package in packages.items():
+        if getattr(args, flag) and not find_spec(package.partition("=")[0].replace("-", "_")):
+            raise UserError(f"--{flag} needs a package: pip install {package}")
     with as_user_error(f"--optim {args.optim}", ImportError, RuntimeError):
         Trainer.get_optimizer_cls_and_kwargs(args)
     with as_user_error(f"--lr_scheduler_type {args.lr_scheduler_type}", TypeError):

@@ -308,6 +308,7 @@ WRONG = """
     --use_peft --lora_dropout 2
     --use_peft --lora_target_modules nothing
     --use_vllm
+    --use_liger_kernel True
     --vllm_mode foo
     --fp16 True --bf16 True
     --trust_remote_code
