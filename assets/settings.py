@@ -40,6 +40,11 @@ NOT_SUPPORTED = {
     "--exclude run.json",
     "hub_token": "it would be logged. Set the environment variable HF_TOKEN",
     "save_only_model": "such a checkpoint cannot be resumed",
+    "ignore_data_skip": "a resumed run would train on the same questions again",
+    "dataloader_persistent_workers": "a resumed run would draw other random numbers",
+    "load_best_model_at_end": "it would choose the model by the test questions",
+    "remove_unused_columns": "the rewards need the answers",
+    "use_liger_kernel": "TRL deprecates it",
 }
 RANGES = {  # what is said: what must hold, for which settings
     "above 0": (
@@ -66,6 +71,7 @@ CHOICES = {  # which the libraries would refuse late
     "scale_rewards": "group batch none True False",
     "importance_sampling_level": "token sequence",
     "logging_strategy": "steps epoch",
+    "dataloader_in_order": "True",  # else chance would order the questions
     "vllm_mode": "colocate server",
     "dtype": "auto bfloat16 float16 float32",
 }
@@ -195,10 +201,8 @@ def check_values(args: object) -> None:
 
 def check_tools(args: trl.GRPOConfig) -> None:
     """Raise UserError if optimizer, scheduler, sampling or a logger cannot be made."""
-    packages = {"use_vllm": "vllm==0.31.0", "use_liger_kernel": "liger-kernel"}
-    for flag, package in packages.items():
-        if getattr(args, flag) and not find_spec(package.partition("=")[0].replace("-", "_")):
-            raise UserError(f"--{flag} needs a package: pip install {package}")
+    if args.use_vllm and not find_spec("vllm"):
+        raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
     with as_user_error(f"--optim {args.optim}", ImportError, RuntimeError):
         Trainer.get_optimizer_cls_and_kwargs(args)
     with as_user_error(f"--lr_scheduler_type {args.lr_scheduler_type}", TypeError):
