@@ -71,6 +71,7 @@ CHOICES = {  # which the libraries would refuse late
     "scale_rewards": "group batch none True False",
     "importance_sampling_level": "token sequence",
     "logging_strategy": "steps epoch",
+    "save_strategy": "no steps epoch",  # the best would be that on the test questions
     "dataloader_in_order": "True",  # else chance would order the questions
     "vllm_mode": "colocate server",
     "dtype": "auto bfloat16 float16 float32",

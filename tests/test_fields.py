@@ -297,7 +297,6 @@ ROWS = {
         "--use_transformers_continuous_batching True --transformers_continuous_batching_config "
         "'{{\"max_memory_percent\": 0.1}}'"
     ],
-    "use_transformers_paged": ["--use_transformers_paged True"],
 }
 # Fields that have no second value on a laptop
 NOT_HERE = {
@@ -312,6 +311,7 @@ NOT_HERE = {
     "fsdp": "several GPUs",
     "fsdp_config": "several GPUs",
     "deepspeed": "several GPUs",
+    "use_transformers_paged": "deprecated name of use_transformers_continuous_batching",
     "trackio_space_id": "another logger",
     "trackio_bucket_id": "another logger",
     "trackio_static_space_id": "another logger",
