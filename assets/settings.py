@@ -212,6 +212,8 @@ def check_tools(args: trl.GRPOConfig) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, **more)
     if missing := set(args.report_to) - set(get_available_reporting_integrations()):
         raise UserError(f"--report_to {' '.join(missing)}: not installed, or unknown")
+    if args.accelerator_config.dispatch_batches:
+        raise UserError("--accelerator_config: dispatch_batches cannot send texts")
     check_sampling(args.generation_kwargs or {}, args.use_vllm)
 
 
