@@ -6,6 +6,7 @@ SIGTERM and Ctrl-C save a checkpoint and exit with status 128 + signal; the same
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -239,7 +240,7 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
     rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
     if record["finished"] and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
         release(out)
-        further = f"--model_name_or_path {out} --output_dir {out}-2"
+        further = shlex.join(["--model_name_or_path", str(out), "--output_dir", f"{out}-2"])
         raise UserError(
             f"{out} is finished; to train its model further, with steps from 0, add: {further}"
         )
