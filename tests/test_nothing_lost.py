@@ -238,6 +238,9 @@ def test_what_an_output_directory_may_hold(whole, tmp_path):
     assert done.returncode == 0 and "is finished, nothing to do" in done.stdout
     done = run(*FLAGS, "--output_dir", whole, "--beta", "0.1", "--seed", "3")
     assert done.returncode == 2 and "beta 0.04 -> 0.1" in done.stderr and "42 -> 3" in done.stderr
+    done = run(*FLAGS, "--max_steps", STEPS + 1, "--output_dir", whole)
+    further = f"--model_name_or_path {whole} --output_dir {whole}-2"
+    assert done.returncode == 2 and done.stderr.rstrip().endswith(f"add: {further}")
     assert files == {f: f.stat().st_mtime_ns for f in names}  # not touched
     assert len(names) + 1 == len([f for f in whole.rglob("*") if f.name not in mine[1:]])
     mine = tmp_path / "mine"
