@@ -29,6 +29,7 @@ from assets.common import print_error, print_once
 
 LONG = 600  # characters; the middle of a longer completion is not shown
 LINES = 20  # progress lines of a run in a log file
+FORMATS = ("soft", "strict")
 
 TALK = """
 talk to the model:
@@ -90,9 +91,6 @@ def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
     for label, value in rows.items():
         grid.add_row(Text(label, style="dim"), Text(value))
     return Panel(grid, title=f"step {step}", title_align="left", border_style="dim")
-
-
-FORMATS = ("soft", "strict")
 
 
 class Progress(TrainerCallback):
@@ -198,10 +196,10 @@ class Health(TrainerCallback):
             cure += "in generation_config.json in its folder?"
         if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
             cure = "KL is above 2, the model has collapsed: lower --learning_rate"
+        flat = self.flat_steps >= 20
         no_format = state.global_step >= 50 and not self.formatted
         problems = {
-            "no reward variance in any group for 20 steps: nothing is learned": self.flat_steps
-            >= 20,
+            "no reward variance in any group for 20 steps: nothing is learned": flat,
             f"most completions are cut off: {cure}": cut_off,
             "format rewards are still 0: look at the completions": no_format,
             "the loss or a weight is not finite: stopping": self.broken,
