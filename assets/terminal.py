@@ -120,12 +120,13 @@ class Progress(TrainerCallback):
 
     def show(self, step: int, last: int, logs: dict[str, float]) -> None:
         """Show the progress line, and now and then a sample."""
-        soft, strict = (logs.get(f"rewards/{f}_format_reward_func/mean", 0.0) for f in FORMATS)
+        names = [f"rewards/{f}_format_reward_func/mean" for f in FORMATS]
+        # 80 columns are few, of which tqdm takes 79: .49, not 0.49
+        small = [f"{logs.get(name) or 0:.2f}".removeprefix("0") for name in (*names, "kl")]
         right = [f"{logs.get(f'accuracy/{kind}', 0.0):.0%}" for kind in ("lenient", "strict")]
         text = f"{logs.get('step_time') or 0:.1f}s reward {logs['reward']:.2f} "
-        text += f"format {soft:.2f} {strict:.2f} right {' '.join(right)} "
-        kl = f"{logs.get('kl') or 0:.2f}".removeprefix("0")  # 80 columns are few
-        text += f"kl {kl} tok {logs['completions/mean_length']:.0f}"
+        text += f"format {small[0]} {small[1]} right {' '.join(right)} "
+        text += f"kl {small[2]} tok {logs['completions/mean_length']:.0f}"
         if not self.bar.disable:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
