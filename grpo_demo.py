@@ -41,6 +41,7 @@ The training step matches the gist's on TRL 0.14. These differences change what 
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -48,6 +49,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load: no traceback
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
 
@@ -452,6 +455,7 @@ def estimate_memory(args: DemoConfig, model_args: ModelConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit status 0 when done, 2 with one line for an error to fix."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.simplefilter("ignore", FutureWarning)  # transformers, about names that TRL uses
     tied = "lm_head.weight"  # not in a checkpoint if tied: transformers warns when a run resumes
     logging.getLogger("transformers.trainer").addFilter(lambda r: tied not in r.getMessage())

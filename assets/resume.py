@@ -26,6 +26,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 import rewards
@@ -282,6 +283,7 @@ class StopAndResume(TrainerCallback):
         self.checkpoint, self.signal, self.training = run.checkpoint, 0, False
         self.reference = trainer.ref_model if args.sync_ref_model else None  # it moves
         self.batch, self.save_is_due = 0, False
+        self.limit, args.save_total_limit = args.save_total_limit, None  # see on_save
         # TRL keeps the completions that are used several times in memory only
         self.batches = args.steps_per_generation * args.num_iterations
         if args.save_steps * args.gradient_accumulation_steps % self.batches:
@@ -339,6 +341,7 @@ class StopAndResume(TrainerCallback):
             files = [file for file in folder.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
             write_json(folder / SIZES, sizes)
+            rotate_checkpoints(args.output_dir, self.limit)  # the new one is complete now
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False

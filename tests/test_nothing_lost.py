@@ -188,6 +188,37 @@ def test_signals_save_first(whole, tmp_path, number, status):
     note(signal.Signals(number).name, 1, 1, 0)
 
 
+def test_killed_before_a_checkpoint_is_complete_the_only_other_one_is_still_there(whole, tmp_path):
+    flags = (*FLAGS, "--save_total_limit", 1, "--output_dir", tmp_path / "run")
+    kill = """
+import os, pathlib, signal, sys, grpo_demo
+from assets import resume
+def kill_or_write(file, value, write=resume.write_json):
+    if pathlib.Path(file).parts[-2:] == ("checkpoint-3", resume.SIZES):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, value)
+resume.write_json = kill_or_write
+grpo_demo.main(sys.argv[1:])"""
+    done = subprocess.run([sys.executable, "-c", kill, *map(str, flags)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    done = run(*flags)
+    assert done.returncode == 0 and "checkpoint-2\n" in done.stdout, done.stderr[-2000:]
+    assert [f.name for f in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    assert same(whole, tmp_path / "run")
+    note("SIGKILL between a checkpoint and the list of its files", 1, 1, 0)
+
+
+def test_ctrl_c_while_packages_load_is_no_traceback():
+    job = subprocess.Popen(
+        [sys.executable, "grpo_demo.py", "--help"], stdout=subprocess.DEVNULL, stderr=-1, text=True
+    )
+    while "libtorch" not in Path(f"/proc/{job.pid}/maps").read_text():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    assert job.communicate(timeout=60)[1] == "" and job.returncode == -signal.SIGINT
+
+
 def test_a_second_signal_stops_at_once(tmp_path):
     out = tmp_path / "run"
     job = Job(*FLAGS, "--evaluate", "False", "--output_dir", out)
