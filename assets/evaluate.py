@@ -229,9 +229,8 @@ def write_card(args: GRPOConfig, model_name: str) -> None:
     out, command = Path(args.output_dir), shlex.join(["python", "grpo_demo.py", *sys.argv[1:]])
     library = "peft" if (out / "adapter_config.json").exists() else "transformers"
     data = ModelCardData(**on_hub, library_name=library, tags=["trl", "grpo"])
-    lines = [f"---\n{data.to_yaml()}\n---", f"# {out.name}"]
-    lines += [f"The model `{model_name}`, trained with GRPO on the data `{args.dataset_name}`:"]
-    lines += [f"    {command}"]
+    text = f"The model `{model_name}`, trained with GRPO on the data `{args.dataset_name}`:"
+    lines = [f"---\n{data.to_yaml()}\n---", f"# {out.name}", text, f"    {command}"]
     lines += [f"The script is willccbb's {GIST}, updated to TRL {trl.__version__}."]
     if (out / "evaluation.json").exists():
         result = json.loads((out / "evaluation.json").read_text())

@@ -76,16 +76,12 @@ CHOICES = {  # which the libraries would refuse late
     "vllm_mode": "colocate server",
     "dtype": "auto bfloat16 float16 float32",
 }
-FIXED_OPTIONS = {  # of generation
-    "num_return_sequences": "--num_generations sets the group",
-    "n": "--num_generations sets the group",
-    "max_new_tokens": "use --max_completion_length",
-    "max_length": "use --max_completion_length",
-    "max_tokens": "use --max_completion_length",
-    "num_beams": "a group is sampled",
-    "do_sample": "a group is sampled; greedy answers would all be equal",
-    "eos_token_id": "write it in generation_config.json in the model's folder",
-    "return_dict_in_generate": "TRL needs the tokens alone",
+FIXED_OPTIONS = {  # of generation: which cannot be set there
+    "--num_generations sets the group": "num_return_sequences n",
+    "use --max_completion_length": "max_new_tokens max_length max_tokens",
+    "a group is sampled": "num_beams do_sample",
+    "write it in generation_config.json in the model's folder": "eos_token_id",
+    "TRL needs the tokens alone": "return_dict_in_generate",
 }
 NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
 
@@ -225,9 +221,9 @@ def check_sampling(options: object, use_vllm: bool) -> None:
     known = {} if use_vllm else GenerationConfig().to_dict()
     if not use_vllm and (unknown := options.keys() - known.keys()):
         raise UserError(f"{what}: unknown: {', '.join(unknown)}")
-    if fixed := options.keys() & FIXED_OPTIONS.keys():
-        name = min(fixed)
-        raise UserError(f"{what}: {name} cannot be set here: {FIXED_OPTIONS[name]}")
+    for instead, names in FIXED_OPTIONS.items():
+        if fixed := options.keys() & set(names.split()):
+            raise UserError(f"{what}: {min(fixed)} cannot be set here: {instead}")
     temperature = options.get("temperature", 1.0)
     if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise UserError(f"{what}: the temperature must be a number above 0")
