@@ -1,8 +1,7 @@
 """Will it fit? The peak GPU memory of a training step, computed without a GPU and without weights.
 
-    python -m assets.memory                         # Qwen2.5-1.5B, the script's defaults
-    python -m assets.memory --model_name_or_path DIR --max_completion_length 512
-    python grpo_demo.py --estimate_memory [flags]   # the same
+    python grpo_demo.py --estimate_memory           # Qwen2.5-1.5B, the script's defaults
+    python grpo_demo.py --estimate_memory --model_name_or_path DIR --max_completion_length 512
 
 Runs the real model, TRL's scoring, backward and AdamW on tensors that have a shape but no data
 (torch's FakeTensorMode), and adds up what is alive. Prompts and completions have their maximum
@@ -14,11 +13,8 @@ allocator holds but cannot use, and the evaluation's one-shot example: a tenth o
 free for them. 1 GB is 10^9 bytes, for tensors and for cards.
 """
 
-import runpy
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 from weakref import finalize
@@ -252,8 +248,3 @@ def report(args: GRPOConfig, model_args: ModelConfig) -> None:
         print_once(row.format(mode, *(fits.get(card, "none") for card in CARDS)))
     files = [f"{card}gb.yaml" for card in CARDS]
     print_once(row.format("For Qwen2.5-1.5B: --config assets/cards/", *files))
-
-
-if __name__ == "__main__":
-    sys.argv[:1] = ["grpo_demo.py", "--estimate_memory"]
-    runpy.run_path(str(Path(__file__).parents[1] / "grpo_demo.py"), run_name="__main__")
