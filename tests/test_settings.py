@@ -349,7 +349,8 @@ SAID = {  # by libraries, in other words than the flag
 }
 OPTIONS = {"do_sample": False}  # of generation, each with a value that is none of its defaults
 FIXED = [
-    f"--generation_kwargs '{json.dumps({name: OPTIONS.get(name, 2)})}'" for name in FIXED_OPTIONS
+    f"--generation_kwargs '{json.dumps({name: OPTIONS.get(name, 2)})}'"
+    for name in " ".join(FIXED_OPTIONS.values()).split()
 ]
 
 
