@@ -6,7 +6,6 @@ python -m assets.research.figures outputs/tiny     # timers and rewards: outputs
 """
 
 import argparse
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -21,8 +20,8 @@ except ModuleNotFoundError:
 
 from assets.research import tables
 from assets.research.record import collect, time_split
-from assets.research.tables import AFTER, FIRST_QWEN, LAPTOP, MEASURED, QWEN, ROOT, STRAY, runs
-from rewards import EXAMPLES, REWARD_FUNCS, count_xml
+from assets.research.tables import AFTER, HALF, LAPTOP, MEASURED, QWEN, ROOT, runs
+from rewards import EXAMPLES, REWARD_FUNCS
 
 ASSETS = ROOT / "assets"
 PICTURES = ASSETS / "pictures"
@@ -33,6 +32,7 @@ MOST = [reward(**PERFECT)[0] for reward in REWARD_FUNCS]  # what a perfect compl
 COLORS = ["#128c8c", "#e07b16", "#2a962a", "#8e5fbc", "#8c564b"]  # of the rewards
 ACCURACY = {"lenient": "#1f6fb4", "strict": "#d62728"}
 INK, MARK, TAIL = "#333a42", "#f3f58c", "#8f9600"
+SIZES = {"Laptop model": LAPTOP, "Qwen2.5 0.5B": HALF, "Qwen2.5 1.5B": QWEN}
 PARTS = ["#5b6b7f", INK, "#aeb8c3", "#8d9bab", INK, "#c3cbd3", "#dde2e7"]  # of a step
 LINES = "Horizontal: step. Thin: each step. Bold: mean of the last five steps. Dotted: maximum."
 INKED = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
@@ -57,11 +57,10 @@ def head(figure: Figure, finding: str, note: str = "") -> None:
 
 
 def result() -> None:
-    """Draw accuracy untrained, one-shot and trained: laptop run and real Qwen side by side."""
+    """Draw accuracy untrained, one-shot and trained: three sizes side by side."""
     figure = Figure((8, 3.6))
-    models = {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
     above = {"textcoords": "offset points", "ha": "center"}
-    for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
+    for ax, (name, columns) in zip(figure.subplots(1, 3), SIZES.items(), strict=True):
         measured = [run.evaluation["measurements"] for run in runs(columns)]
         bars = [(when, kind) for when in MEASURED for kind in ACCURACY]
         for i, (when, kind) in enumerate(bars):
@@ -70,22 +69,22 @@ def result() -> None:
                 found = found[:1]  # one untrained model for all seeds
             x = i // 2 + 0.4 * (i % 2)
             mean = tables.mean_value(found)
-            ax.bar(x, 100 * mean, 0.38, color=ACCURACY[kind], alpha=0.8)
+            ax.bar(x, 100 * mean, 0.38, color=ACCURACY[kind], alpha=0.8, label=kind)
             for j, cell in enumerate(found):
                 at = x + 0.05 * (2 * j + 1 - len(found))
                 y = [100 * cell[key] for key in ("low", "value", "high")]
                 ax.plot([at] * 3, y, "-o", color=INK, lw=1.3, ms=3.2, markevery=[1])
             top = 100 * max(cell["high"] for cell in found)
-            ax.annotate(f"{mean:.1%}", (x, top), (0, 3), **above)
-            ax.annotate(kind, (x, 0), (0, -11), color=ACCURACY[kind], **above)
+            ax.annotate(f"{mean:.0%}", (x, top), (0, 3), **above)
         ax.set_xticks([0.2, 1.2, 2.2], ["untrained", "one-shot", "trained"], fontweight="bold")
-        ax.tick_params("x", length=0, pad=15)
-        ax.set_title(f"{name}: % right of {found[0]['n']} test questions", pad=14)
+        ax.tick_params("x", length=0)
+        ax.set_title(f"{name}: % right of {found[0]['n']}", pad=14)
     note = (
         "Lenient: the last number is right. Strict: the right number is inside the tags. One-shot: "
         "untrained, one example\nin the prompt. Dots and lines: each run and its 95% interval. "
         f"Laptop, trained: {len(LAPTOP)} seeds, the bars are means. The axes differ."
     )
+    figure.legend(*(row[:2] for row in ax.get_legend_handles_labels()), ncols=2, frameon=False)
     head(figure, "Format learned, reasoning not improved", note)
     save(figure, PICTURES / "result.png")
 
@@ -201,17 +200,14 @@ def card(file: str, title: str, sample: dict, marks: dict, reasons: list[str]) -
 
 
 def p2(samples: list[dict]) -> None:
-    """Draw a correct but shallow completion of the last steps."""
-    ended = [s for s in samples if s["completion"].endswith(f"</answer>{STRAY[0]}")]
-    shallow = [s for s in ended if s["simple_correctness_reward_func"]][-1]
-    less = count_xml(shallow["completion"].removesuffix(STRAY[0]))
-    false = re.search(r"She then took out[^.]*\.", shallow["completion"])[0]
-    marks = {1: (false, ""), -1: ("</reasoning>", "a stray tag that nobody asked for")}
-    why = f"for the stray tag; without that tag it would be {less:+.3f}"
+    """Draw a wrong completion of the last steps that has the full format."""
+    perfect = [s for s in samples[10:] if s["strict_format_reward_func"]]
+    shallow = min([s for s in perfect if not s[REWARDS[-1]]], key=lambda s: len(s["completion"]))
+    why = "as only a newline follows </answer>"
     soft = "a reasoning block, then an answer block"
-    reasons = explain(shallow, why, soft, "the stray tag breaks the strict pattern")
-    title = "Correct but shallow: contradicting the question is free, a stray tag pays"
-    card("p2.png", title, shallow, marks, reasons)
+    reasons = explain(shallow, why, soft, "every tag on its own line")
+    title = "Perfect XML around false reasoning earns half of the reward"
+    card("p2.png", title, shallow, {1: (shallow["completion"].split("\n")[1], "")}, reasons)
 
 
 def p3(samples: list[dict]) -> None:
@@ -225,9 +221,14 @@ def p3(samples: list[dict]) -> None:
     card("p3.png", title, failure, marks, reasons)
 
 
+def stray(ends: dict[str, int]) -> int:
+    """Return how many completions have text after their last `</answer>`."""
+    return sum(n for tail, n in ends.items() if tail not in ("", "\n", "none"))
+
+
 def p4() -> None:
-    """Draw the rewards of the real Qwen, its accuracies and its stray closing tag."""
-    metrics = runs(FIRST_QWEN)[0].metrics
+    """Draw the rewards of the 1.5B Qwen, its accuracies and what follows its answers."""
+    metrics = runs(QWEN)[0].metrics
     figure = Figure((8, 6.0))
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.6, 1])
     draw_rewards(upper, metrics)
@@ -236,23 +237,24 @@ def p4() -> None:
         draw_curve(left, [100 * m[f"accuracy/{kind}"] for m in metrics], color)
         left.text(1, y, kind, color=color)
     left.set_title("right answers, % of completions")
-    ends = tables.read(FIRST_QWEN["seed 42"], "endings")
+    ends = tables.read(QWEN["seed 42"], "endings")
     steps = [ends[f"step {step}"] for step in range(1, len(metrics) + 1)]
-    stray = [sum(step.get(tail, 0) for tail in STRAY) / sum(step.values()) for step in steps]
-    draw_curve(right, [100 * share for share in stray], TAIL)
-    right.set_title("a stray </reasoning> after the answer, % of completions", color=TAIL)
-    right.set_ylim(0, 105)
-    head(upper, "Qwen's format rewards rise with a stray closing tag that rules out strict format")
+    for name, color, y in (("only a newline", INK, 90), ("other text", TAIL, 76)):
+        counts = [step.get("\n", 0) if color == INK else stray(step) for step in steps]
+        pairs = zip(counts, steps, strict=True)
+        draw_curve(right, [100 * n / sum(step.values()) for n, step in pairs], color)
+        right.text(1, y, name, color=color)
+    right.set(title="what follows the last </answer>, % of completions", ylim=(0, 105))
+    head(upper, "The full format after 14 steps, by way of stray text that xmlcount pays for")
     head(lower, "", LINES)
     save(figure, PICTURES / "p4.png")
 
 
 def time() -> None:
     """Draw how the time of a step splits, as one bar for each run."""
-    figure = Figure((8, 2.8))
+    figure = Figure((8, 4.0))
     most = 0.0
-    models = {"Laptop run": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
-    for ax, (name, columns) in zip(figure.subplots(2, 1), models.items(), strict=True):
+    for ax, (name, columns) in zip(figure.subplots(3, 1), SIZES.items(), strict=True):
         run = runs(columns)[0]
         parts = time_split(run.metrics, tables.read(columns["seed 42"], "timers"))
         whole = sum(parts.values())
@@ -280,7 +282,7 @@ def time() -> None:
 
 def passed() -> None:
     """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
-    models = {"Laptop model": LAPTOP, "Qwen2.5-Coder-0.5B": QWEN}
+    models = {"Laptop model": LAPTOP, "Qwen2.5 0.5B": HALF}
     figure = Figure((8, 3.5))
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
         single = len(columns) == 1
@@ -321,8 +323,8 @@ def main() -> None:
         return print(out / "p1.png")
     result()
     p1(ASSETS / "p1.png", runs(LAPTOP)[0].metrics, tables.read(LAPTOP["seed 42"], "timers"))
-    p2(tables.read(FIRST_QWEN["seed 42"], "samples"))
-    p3(tables.read(FIRST_QWEN["seed 42"], "samples"))
+    p2(tables.read(QWEN["seed 42"], "samples"))
+    p3(tables.read(QWEN["seed 42"], "samples"))
     p4()
     passed()
     time()

@@ -24,13 +24,18 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/notes/*.md"))]
 # title of the column: folder in runs/
 LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}
 FIRST_QWEN = {"seed 42": "qwen-wrong-stops"}  # did not stop at <|endoftext|>
-QWEN = {"seed 42": "qwen-vllm"}
+HALF = {"seed 42": "qwen-vllm"}  # Qwen2.5-Coder-0.5B
+QWEN = {"seed 42": "qwen-1.5b"}  # the gist's size
 # a closing tag after the answer, in endings.json
 STRAY = ["\n</reasoning>", "\n</reasoning> (the only one)"]
 BEFORE, SHOT, AFTER = "before_zero_shot", "before_one_shot", "after_zero_shot"
 MEASURED = {BEFORE: "untrained", SHOT: "untrained, one-shot", AFTER: "trained"}
-LAPTOP_MEAN = "laptop model, mean of 3 seeds"  # columns of `results`
-ONE_QWEN = "Qwen2.5-Coder-0.5B, 48 questions"
+# Columns of `results`
+LAPTOP_MEAN, HALF_B, ONE_B = "laptop, mean of 3 seeds", "Qwen2.5 0.5B", "Qwen2.5 1.5B"
+MODELS = {LAPTOP_MEAN: LAPTOP, HALF_B: HALF, ONE_B: QWEN}
+FINDING = {"strict_accuracy": [SHOT, AFTER], "lenient_accuracy": [BEFORE, AFTER]}
+ACCURACIES = ["strict_accuracy", "lenient_accuracy"]
+ALL_MEASURES = ["soft_format", "strict_format", *ACCURACIES, "truncated", "tokens"]
 REWARDS = ["xmlcount", "soft", "strict", "int", "correct"]
 STRICT_FORMAT = "rewards/strict_format_reward_func/mean"
 COURSE = {  # title: metric, format
@@ -151,18 +156,25 @@ def with_widest(figures: list[dict], form: str = "{:.1%}") -> list[str]:
     return [form.format(x) for x in [*(figure["value"] for figure in figures), max(halves)]]
 
 
-def results() -> str:
-    """Return the finding in five rows: laptop (three seeds), real Qwen."""
+def results(shown: dict[str, list[str]]) -> str:
+    """Return the finding at three sizes: laptop (three seeds), two sizes of Qwen2.5.
+
+    shown  measure: at which of the three measurements; percents but for `tokens`
+    """
     rows = []
-    for what in ("soft_format", "strict_accuracy", "lenient_accuracy"):
-        means = [mean(values(columns, AFTER, what)) for columns in (LAPTOP, QWEN)]
-        rows.append([f"{what.replace('_', ' ')}, trained", *map("{:.1%}".format, means)])
-    shot = [values(columns, SHOT, "strict_accuracy")[0] for columns in (LAPTOP, QWEN)]
-    rows.append(["strict accuracy, untrained, one-shot", *map("{:.1%}".format, shot)])
-    gains = [[run.evaluation["gain"]["reasoning"] for run in runs(c)] for c in (LAPTOP, QWEN)]
-    points = [f"{100 * mean_value(gain):+.1f}" for gain in gains]
-    rows.append(["due to reasoning, points", *points])
-    return table(["on test questions", LAPTOP_MEAN, ONE_QWEN], rows)
+    for what, times in shown.items():
+        form = "{:.0f}" if what == "tokens" else "{:.1%}"
+        for when in times:
+            cells = [form.format(mean(values(c, when, what))) for c in MODELS.values()]
+            rows.append([f"{what.replace('_', ' ')}, {MEASURED[when]}", *cells])
+    rows += [["due to reasoning, points"], ["95% interval"], ["test questions"]]
+    for columns in MODELS.values():
+        gains = [run.evaluation["gain"]["reasoning"] for run in runs(columns)]
+        ends = min(gain["low"] for gain in gains), max(gain["high"] for gain in gains)
+        rows[-3].append(f"{100 * mean_value(gains):+.1f}")
+        rows[-2].append(" to ".join(f"{100 * end:+.1f}" for end in ends))
+        rows[-1].append(gains[0]["n"])
+    return table(["on test questions", *MODELS], rows)
 
 
 def evaluation() -> str:
@@ -191,7 +203,10 @@ def course(columns: dict[str, str]) -> str:
     """Return what changes during a run: the first, the highest and the last ten steps."""
     titles = ["mean of ten steps", "first", "highest", "last", "± over seeds"]
     rows = []
+    measured = runs(columns)[0].metrics[0]  # with beta 0 there is no KL
     for title, (key, form) in COURSE.items():
+        if key not in measured:
+            continue
         tens = [ten_step_means(run.metrics, key) for run in runs(columns)]
         first = form.format(mean(ten[0] for ten in tens))
         highest = form.format(mean(max(ten) for ten in tens))
@@ -214,26 +229,15 @@ def passed() -> str:
 
 
 def qwen_passed() -> str:
-    """Return pass@k of the real Qwen2.5, with the widest half of the 95% intervals in a row."""
+    """Return pass@k of the 0.5B Qwen2.5, with the widest half of the 95% intervals in a row."""
     columns = {
-        f"{title}, {kind}": pass_at_k(QWEN, when, kind)
+        f"{title}, {kind}": pass_at_k(HALF, when, kind)
         for kind in ("lenient", "strict")
         for when, title in MEASURED.items()
     }
     ks = next(iter(columns.values()))
     rows = [[k, *with_widest([column[k][0] for column in columns.values()])] for k in ks]
     return table(["k", *columns, "95% interval, at most ±"], rows)
-
-
-def qwen() -> str:
-    """Return the evaluation of the real Qwen2.5, with the widest half of the 95% intervals."""
-    (run,) = runs(FIRST_QWEN)
-    rows = []  # strict format is 0 throughout
-    for what in ("soft_format", "strict_accuracy", "lenient_accuracy", "truncated", "tokens"):
-        form = "{:.0f}" if what == "tokens" else "{:.1%}"
-        found = [run.evaluation["measurements"][when][what] for when in MEASURED]
-        rows.append([what.replace("_", " "), *with_widest(found, form)])
-    return table(["200 test questions", *MEASURED.values(), "95% interval, at most ±"], rows)
 
 
 def default_command() -> str:
@@ -378,16 +382,16 @@ def benchmark() -> str:
 
 
 TABLES = {
-    "results": results,
+    "results": lambda: results(FINDING),
+    "sizes": lambda: results({what: list(MEASURED) for what in ALL_MEASURES}),
     "three": lambda: group(3),
     "evaluation": evaluation,
     "gains": gains,
     "course": lambda: course(LAPTOP),
     "passed": passed,
     "qwen_passed": qwen_passed,
-    "qwen": qwen,
-    "qwen_course": lambda: course(FIRST_QWEN),
-    "qwen_again_course": lambda: course(QWEN),
+    "qwen_course": lambda: course(QWEN),
+    "half_course": lambda: course(HALF),
     "tails": tails,
     "default_command": default_command,
     "reliability": reliability,
@@ -413,17 +417,20 @@ CELLS = {  # README's numbers that stand in a table: its name, row, column
     "strict_first": ("course", "strict format reward, at most 0.5", "first"),
     "strict_last": ("course", "strict format reward, at most 0.5", "last"),
     "laptop_reasoning": ("results", "due to reasoning, points", LAPTOP_MEAN),
-    "qwen_reasoning": ("results", "due to reasoning, points", ONE_QWEN),
+    "half_reasoning": ("results", "due to reasoning, points", HALF_B),
+    "one_reasoning": ("results", "due to reasoning, points", ONE_B),
     "laptop_shot": ("results", "strict accuracy, untrained, one-shot", LAPTOP_MEAN),
-    "qwen_shot": ("results", "strict accuracy, untrained, one-shot", ONE_QWEN),
+    "one_shot": ("results", "strict accuracy, untrained, one-shot", ONE_B),
     "laptop_trained": ("results", "strict accuracy, trained", LAPTOP_MEAN),
-    "qwen_trained": ("results", "strict accuracy, trained", ONE_QWEN),
+    "one_trained": ("results", "strict accuracy, trained", ONE_B),
+    "one_first": ("qwen_course", "strict format reward, at most 0.5", "first"),
+    "one_last": ("qwen_course", "strict format reward, at most 0.5", "last"),
     "laptop_pass1": ("passed", "1", "trained, strict"),
     "laptop_pass16": ("passed", "16", "trained, strict"),
     "shot_pass1": ("passed", "1", "untrained, one-shot, strict"),
     "shot_pass16": ("passed", "16", "untrained, one-shot, strict"),
-    "qwen_pass1": ("qwen_passed", "1", "trained, lenient"),
-    "qwen_pass16": ("qwen_passed", "16", "trained, lenient"),
+    "half_pass1": ("qwen_passed", "1", "trained, lenient"),
+    "half_pass16": ("qwen_passed", "16", "trained, lenient"),
     "plain_pass1": ("qwen_passed", "1", "untrained, lenient"),
     "plain_pass16": ("qwen_passed", "16", "untrained, lenient"),
     "stray": ("tails", f"{code(STRAY[0])}, a second one", "trained"),
@@ -431,7 +438,6 @@ CELLS = {  # README's numbers that stand in a table: its name, row, column
     "endless_strict": ("stops", "does not stop there", "strict format"),
     "no_correctness": ("parts", "without correctness", "strict accuracy"),
     "only_sampled": ("parts", "correctness only", "strict XML, last ten steps"),
-    "default_memory": ("default_command", "peak resident memory, GB", "measured"),
     "moved_bf16": ("updates", "bfloat16 | 5e-6", "weights changed"),
     "moved_fp32": ("updates", "float32 | 5e-6", "weights changed"),
 }
@@ -442,11 +448,11 @@ def numbers() -> dict[str, str]:
     found = {name: cell(*place) for name, place in CELLS.items()}
     only = lines("parts")["correctness only"]
     found["only_greedy"] = f"{mean(row['measured'][AFTER]['strict_format'] for row in only):.0%}"
-    found["again_strict"] = f"{values(QWEN, AFTER, 'strict_format')[0]:.1%}"
-    laptop, qwen = (time_shares(columns["seed 42"]) for columns in (LAPTOP, QWEN))
-    found["laptop_generate"] = f"{laptop['generate']:.0%}"
-    found["laptop_rewards"] = f"{laptop['five rewards']:.2%}"
-    found["qwen_generate"] = f"{qwen['generate']:.0%}"
+    found["half_strict"] = f"{values(HALF, AFTER, 'strict_format')[0]:.1%}"
+    shares = {"laptop": LAPTOP, "half": HALF, "one": QWEN}
+    shares = {name: time_shares(columns["seed 42"]) for name, columns in shares.items()}
+    found |= {f"{name}_generate": f"{share['generate']:.0%}" for name, share in shares.items()}
+    found["laptop_rewards"] = f"{shares['laptop']['five rewards']:.2%}"
     return found
 
 
