@@ -169,7 +169,7 @@ def test_signals_save_first(whole, tmp_path, number, status):
     out = tmp_path / "run"
     flags = (*FLAGS, "--save_steps", 4, "--output_dir", out)
     job = Job(*flags)
-    wait_for(out, "checkpoint-4/trainer_state.json", job)
+    wait_for(out, "checkpoint-4/sizes.json", job)
     os.kill(job.pid, number)
     done = job.wait()
     assert done.returncode == status, done.stderr[-2000:]
@@ -222,7 +222,7 @@ def test_ctrl_c_while_packages_load_is_no_traceback():
 def test_a_second_signal_stops_at_once(tmp_path):
     out = tmp_path / "run"
     job = Job(*FLAGS, "--evaluate", "False", "--output_dir", out)
-    wait_for(out, "checkpoint-1/trainer_state.json", job)
+    wait_for(out, "checkpoint-1/sizes.json", job)
     os.kill(job.pid, signal.SIGTERM)
     os.kill(job.pid, signal.SIGINT)
     done = job.wait()
@@ -248,7 +248,7 @@ def test_lora_goes_on_from_an_adapter_and_resumes_bit_for_bit(tmp_path):
     assert weights[0].keys() == weights[1].keys()
     assert not any(torch.equal(*pair) for pair in zip(*(w.values() for w in weights), strict=True))
     job = Job(*flags, "--output_dir", tmp_path / "run")
-    wait_for(tmp_path / "run", "checkpoint-2/trainer_state.json", job)
+    wait_for(tmp_path / "run", "checkpoint-2/sizes.json", job)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     done = run(*flags, "--use_peft", "--output_dir", tmp_path / "run")
