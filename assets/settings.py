@@ -79,7 +79,7 @@ CHOICES = {  # which the libraries would refuse late
 FIXED_OPTIONS = {  # of generation: which cannot be set there
     "--num_generations sets the group": "num_return_sequences n",
     "use --max_completion_length": "max_new_tokens max_length max_tokens",
-    "a group is sampled": "num_beams do_sample",
+    "a group is sampled; greedy answers would all be equal": "num_beams do_sample",
     "write it in generation_config.json in the model's folder": "eos_token_id",
     "TRL needs the tokens alone": "return_dict_in_generate",
 }

@@ -150,10 +150,10 @@ def spread(values: list[float], form: str = "{:.1%}") -> list[str]:
     return [form.format(mean(values)), form.format((max(values) - min(values)) / 2)]
 
 
-def with_widest(figures: list[dict], form: str = "{:.1%}") -> list[str]:
+def with_widest(figures: list[dict]) -> list[str]:
     """Return a cell for each figure, and one for the widest half of their 95% intervals."""
     halves = [(figure["high"] - figure["low"]) / 2 for figure in figures]
-    return [form.format(x) for x in [*(figure["value"] for figure in figures), max(halves)]]
+    return [f"{x:.1%}" for x in [*(figure["value"] for figure in figures), max(halves)]]
 
 
 def results(shown: dict[str, list[str]]) -> str:
