@@ -336,7 +336,7 @@ def test_without_training_there_is_no_verdict(tmp_path):
 # --- records that must agree
 
 
-RECORDS = ["qwen-1.5b", "qwen-vllm", "qwen-wrong-stops", *tables.LAPTOP.values()]
+RECORDS = ["qwen-1.5b", "qwen-half-b", "qwen-vllm", "qwen-wrong-stops", *tables.LAPTOP.values()]
 
 
 def load(name: str, file: str):
@@ -375,10 +375,10 @@ def test_the_laptop_run_is_recorded_twice():
                 assert measurements[name][column]["value"] == pytest.approx(value)
 
 
-@pytest.mark.parametrize("name", tables.FIRST_QWEN.values())
+@pytest.mark.parametrize("name", tables.HALF.values())
 def test_endings_count_every_completion(name):
     ends = load(name, "endings")
-    evaluation, (_, metrics, _) = load(name, "evaluation"), *tables.runs(tables.FIRST_QWEN)
+    evaluation, (_, metrics, _) = load(name, "evaluation"), *tables.runs(tables.HALF)
     assert len([key for key in ends if key.startswith("step")]) == len(metrics)
     for when, columns in evaluation["measurements"].items():
         assert sum(ends[when].values()) == columns["tokens"]["n"]

@@ -20,7 +20,7 @@ except ModuleNotFoundError:
 
 from assets.research import tables
 from assets.research.record import collect, time_split
-from assets.research.tables import AFTER, HALF, LAPTOP, MEASURED, QWEN, ROOT, runs
+from assets.research.tables import AFTER, HALF, HALF_KL, LAPTOP, MEASURED, QWEN, ROOT, runs
 from rewards import EXAMPLES, REWARD_FUNCS
 
 ASSETS = ROOT / "assets"
@@ -282,7 +282,7 @@ def time() -> None:
 
 def passed() -> None:
     """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
-    models = {"Laptop model": LAPTOP, "Qwen2.5 0.5B": HALF}
+    models = {"Laptop model": LAPTOP, "Qwen2.5 0.5B": HALF_KL}
     figure = Figure((8, 3.5))
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
         single = len(columns) == 1

@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/notes/*.md"))]
 # title of the column: folder in runs/
 LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}
-FIRST_QWEN = {"seed 42": "qwen-wrong-stops"}  # did not stop at <|endoftext|>
-HALF = {"seed 42": "qwen-vllm"}  # Qwen2.5-Coder-0.5B
+HALF = {"seed 42": "qwen-half-b"}  # Qwen2.5-Coder-0.5B
+HALF_STOPS = "qwen-half-b-wrong-stops"  # its first 12 steps without a stop at <|endoftext|>
+HALF_KL = {"seed 42": "qwen-vllm"}  # 0.5B with the KL penalty, fewer completions, pass@k
 QWEN = {"seed 42": "qwen-1.5b"}  # the gist's size
-# a closing tag after the answer, in endings.json
-STRAY = ["\n</reasoning>", "\n</reasoning> (the only one)"]
+STRAY = "\n</reasoning>"  # a second one, after the answer, in endings.json
 BEFORE, SHOT, AFTER = "before_zero_shot", "before_one_shot", "after_zero_shot"
 MEASURED = {BEFORE: "untrained", SHOT: "untrained, one-shot", AFTER: "trained"}
 # Columns of `results`
@@ -229,9 +229,12 @@ def passed() -> str:
 
 
 def qwen_passed() -> str:
-    """Return pass@k of the 0.5B Qwen2.5, with the widest half of the 95% intervals in a row."""
+    """Return pass@k of the 0.5B Qwen2.5 trained with the KL penalty.
+
+    The last column is the widest half of the 95% intervals in a row.
+    """
     columns = {
-        f"{title}, {kind}": pass_at_k(HALF, when, kind)
+        f"{title}, {kind}": pass_at_k(HALF_KL, when, kind)
         for kind in ("lenient", "strict")
         for when, title in MEASURED.items()
     }
@@ -263,20 +266,21 @@ def reward_seconds(timers: dict[str, list[float]]) -> float:
 
 
 def tails() -> str:
-    """Return how the completions of the real Qwen end, from its endings.json."""
-    ends = read(FIRST_QWEN["seed 42"], "endings")
-    steps = [key for key in ends if key.startswith("step ")]
-    columns = {title: [when] for when, title in MEASURED.items()}
-    columns |= {"steps 1 to 10": steps[:10], "last ten steps": steps[-10:]}
-    counts = [sum((Counter(ends[key]) for key in keys), Counter()) for keys in columns.values()]
-    words = {"": "nothing", "other": "anything else", "none": "there is no `</answer>`"}
-    words |= {STRAY[0]: f"{code(STRAY[0])}, a second one"}
-    words |= {STRAY[1]: f"{code(STRAY[0])}, the only one"}
-    named = {tail for count in counts for tail in count} - {"other", "none"}
+    """Return how completions of the 0.5B Qwen end, with right and with wrong stop tokens."""
+    right, wrong = read(HALF["seed 42"], "endings"), read(HALF_STOPS, "endings")
+    columns = {"trained, test answers": [right[AFTER]]}
+    for title, ends in {"right stop tokens": right, "wrong": wrong}.items():
+        for first, last in ((1, 6), (7, 12)):
+            steps = [ends[f"step {step}"] for step in range(first, last + 1)]
+            columns[f"{title}, steps {first} to {last}"] = steps
+    counts = [sum(map(Counter, parts), Counter()) for parts in columns.values()]
+    words = {"": "nothing", "\n": "a newline", STRAY: f"{code(STRAY)}, a second one"}
     rows = []
-    for tail in [*sorted(named, key=lambda tail: (len(tail), tail)), "other", "none"]:
-        shares = [count[tail] / count.total() for count in counts]
-        rows.append([words.get(tail, code(tail)), *map("{:.1%}".format, shares)])
+    for tail, title in (words | {"none": "there is no `</answer>`"}).items():
+        rows.append([title, *(f"{count[tail] / count.total():.1%}" for count in counts)])
+    rest = [sum(count[tail] for tail in count.keys() - {*words, "none"}) for count in counts]
+    shares = zip(rest, counts, strict=True)
+    rows.append(["anything else", *(f"{n / count.total():.1%}" for n, count in shares)])
     return table(["what follows the last `</answer>`", *columns], rows)
 
 
@@ -433,7 +437,7 @@ CELLS = {  # README's numbers that stand in a table: its name, row, column
     "half_pass16": ("qwen_passed", "16", "trained, lenient"),
     "plain_pass1": ("qwen_passed", "1", "untrained, lenient"),
     "plain_pass16": ("qwen_passed", "16", "untrained, lenient"),
-    "stray": ("tails", f"{code(STRAY[0])}, a second one", "trained"),
+    "stray": ("tails", f"{code(STRAY)}, a second one", "trained, test answers"),
     "endless_soft": ("stops", "does not stop there", "soft format"),
     "endless_strict": ("stops", "does not stop there", "strict format"),
     "no_correctness": ("parts", "without correctness", "strict accuracy"),
