@@ -446,13 +446,6 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
     print_once(terminal.TALK.format(args.output_dir))
 
 
-def estimate_memory(args: DemoConfig, model_args: ModelConfig) -> None:
-    """Print how much GPU memory a step takes, without a GPU."""
-    from assets import memory  # which no training run needs
-
-    memory.report(args, model_args)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit status 0 when done, 2 with one line for an error to fix."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -465,7 +458,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args, model_args = parse_args(argv)
         if args.estimate_memory:
-            estimate_memory(args, model_args)
+            from assets import memory  # which no training run needs
+
+            memory.report(args, model_args)
         elif args.eval_only:
             eval_only(args, model_args)
         else:

@@ -58,9 +58,8 @@ def print_banner(trainer: GRPOTrainer) -> None:
     trained = trainer.get_num_trainable_parameters()
     print_once(f"model   {model.config.name_or_path}, {model.dtype}")
     print_once(f"        {model.num_parameters():,} parameters, {trained:,} of them trained")
-    print_once(
-        f"device  {args.world_size} x {device}, {model.config._attn_implementation} attention"
-    )
+    attention = model.config._attn_implementation
+    print_once(f"device  {args.world_size} x {device}, {attention} attention")
     print_once(f"data    {args.dataset_name}, {len(trainer.train_dataset):,} prompts")
     print_once(f"output  {args.output_dir}")
     if not args.eval_only:
@@ -184,7 +183,9 @@ class Health(TrainerCallback):
             return
         formats = [logs.get(f"rewards/{f}_format_reward_func/mean", 1) for f in FORMATS]
         self.formatted = self.formatted or any(formats)
-        self.flat_steps = self.flat_steps + 1 if logs.get("frac_reward_zero_std") == 1 else 0
+        # TRL's share misses equal rewards whose float32 mean is rounded: their std is 1e-7
+        flat = logs.get("frac_reward_zero_std") == 1 or logs.get("reward_std", 1) < 1e-6
+        self.flat_steps = self.flat_steps + 1 if flat else 0
         skipped = not math.isfinite(logs.get("grad_norm", 0.0))  # fp16: GradScaler lowers its scale
         self.skipped = self.skipped + 1 if skipped else 0
         finite = math.isfinite(logs.get("loss", 0.0)) and self.skipped <= (20 if args.fp16 else 0)
@@ -197,10 +198,10 @@ class Health(TrainerCallback):
             cure += "in generation_config.json in its folder?"
         if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
             cure = "KL is above 2, the model has collapsed: lower --learning_rate"
-        flat = self.flat_steps >= 20
         no_format = state.global_step >= 50 and not self.formatted
         problems = {
-            "no reward variance in any group for 20 steps: nothing is learned": flat,
+            "no reward variance in any group for 20 steps: nothing is learned": self.flat_steps
+            >= 20,
             f"most completions are cut off: {cure}": cut_off,
             "format rewards are still 0: look at the completions": no_format,
             "the loss or a weight is not finite: stopping": self.broken,

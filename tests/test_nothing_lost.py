@@ -527,6 +527,21 @@ def test_steps_that_fp16_skips_do_not_end_the_run_at_once():
         assert control.should_training_stop
 
 
+def test_a_collapsed_model_is_named_although_its_rewards_differ_by_rounding(capsys):
+    """All rewards of a real Qwen's steps 34 to 60 are 1.476; TRL counts no group as equal."""
+    steps = [
+        json.loads(line)
+        for line in (ROOT / "assets/research/runs/qwen-half-b/metrics.jsonl").open()
+    ]
+    assert not any(logs["frac_reward_zero_std"] for logs in steps)
+    args, _ = grpo_demo.parse_args([*LAPTOP])
+    health, state = Health(), TrainerState()
+    for state.global_step, logs in enumerate(steps, 1):
+        health.on_log(args, state, TrainerControl(), logs=logs)
+        warned = "reward variance" in capsys.readouterr().err
+        assert warned == (state.global_step == 53)
+
+
 def check_out_of_memory(done: SimpleNamespace) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
