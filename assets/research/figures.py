@@ -20,7 +20,7 @@ except ModuleNotFoundError:
 
 from assets.research import tables
 from assets.research.record import collect, time_split
-from assets.research.tables import AFTER, HALF, HALF_KL, LAPTOP, MEASURED, QWEN, ROOT, runs
+from assets.research.tables import AFTER, BEFORE, HALF, LAPTOP, MEASURED, QWEN, ROOT, SHOT, runs
 from rewards import EXAMPLES, REWARD_FUNCS
 
 ASSETS = ROOT / "assets"
@@ -282,31 +282,31 @@ def time() -> None:
 
 def passed() -> None:
     """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
-    models = {"Laptop model": LAPTOP, "Qwen2.5 0.5B": HALF_KL}
+    models = {"Laptop model: % of 512": LAPTOP, "Qwen2.5 1.5B: % of 48": QWEN}
     figure = Figure((8, 3.5))
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
         single = len(columns) == 1
-        for j, (when, look) in enumerate(zip(MEASURED, (":", "--", "-"), strict=True)):
+        looks = {BEFORE: ":", SHOT: "--", AFTER: "-"}
+        for j, when in enumerate(runs(columns)[0].evaluation["pass"]):
             cells = tables.pass_at_k(columns, when, "lenient")
             color = ACCURACY["lenient"] if when == AFTER else INK
             style = {"marker": "o", "color": color, "ms": 3, "lw": 1.4}
             at = [x + 0.08 * (j - 1) * single for x in range(len(cells))]
             for i, curve in enumerate(zip(*cells.values(), strict=True)):
                 shares = [100 * cell["value"] for cell in curve]
-                ax.plot(at, shares, look, label=None if i else MEASURED[when], **style)
+                ax.plot(at, shares, looks[when], label=None if i else MEASURED[when], **style)
                 if single:  # no seeds to show the spread
                     lows, highs = ([100 * cell[end] for cell in curve] for end in ("low", "high"))
                     ax.vlines(at, lows, highs, color=color, lw=0.8)
         ax.set_xticks(range(len(cells)), [f"k = {k}" for k in cells])
-        tested = runs(columns)[0].evaluation["measurements"][AFTER]["lenient_accuracy"]["n"]
-        ax.set_title(f"{name}: % of {tested} test questions")
+        ax.set_title(f"{name} test questions")
         ax.legend(frameon=False, loc="upper left")
     note = (
-        "One of k sampled answers is right in any form (lenient). The axes differ, the left one "
-        f"does not begin at 0.\nLeft: a line for each of {len(LAPTOP)} seeds. "
+        "One of k sampled answers is right in any form (lenient). The axes differ, and do not "
+        f"begin at 0.\nLeft: a line for each of {len(LAPTOP)} seeds. "
         "Right: one run with 95% intervals."
     )
-    head(figure, "With 16 samples the untrained models find as many answers, or more", note)
+    head(figure, "With many samples the untrained models find as many answers, or more", note)
     save(figure, PICTURES / "pass.png")
 
 
