@@ -198,10 +198,10 @@ class Health(TrainerCallback):
             cure += "in generation_config.json in its folder?"
         if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
             cure = "KL is above 2, the model has collapsed: lower --learning_rate"
+        no_variance = self.flat_steps >= 20
         no_format = state.global_step >= 50 and not self.formatted
         problems = {
-            "no reward variance in any group for 20 steps: nothing is learned": self.flat_steps
-            >= 20,
+            "no reward variance in any group for 20 steps: nothing is learned": no_variance,
             f"most completions are cut off: {cure}": cut_off,
             "format rewards are still 0: look at the completions": no_format,
             "the loss or a weight is not finite: stopping": self.broken,

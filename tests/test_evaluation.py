@@ -375,10 +375,10 @@ def test_the_laptop_run_is_recorded_twice():
                 assert measurements[name][column]["value"] == pytest.approx(value)
 
 
-@pytest.mark.parametrize("name", tables.HALF.values())
+@pytest.mark.parametrize("name", RECORDS)
 def test_endings_count_every_completion(name):
     ends = load(name, "endings")
-    evaluation, (_, metrics, _) = load(name, "evaluation"), *tables.runs(tables.HALF)
+    evaluation, (_, metrics, _) = load(name, "evaluation"), *tables.runs({"": name})
     assert len([key for key in ends if key.startswith("step")]) == len(metrics)
     for when, columns in evaluation["measurements"].items():
         assert sum(ends[when].values()) == columns["tokens"]["n"]

@@ -529,10 +529,8 @@ def test_steps_that_fp16_skips_do_not_end_the_run_at_once():
 
 def test_a_collapsed_model_is_named_although_its_rewards_differ_by_rounding(capsys):
     """All rewards of a real Qwen's steps 34 to 60 are 1.476; TRL counts no group as equal."""
-    steps = [
-        json.loads(line)
-        for line in (ROOT / "assets/research/runs/qwen-half-b/metrics.jsonl").open()
-    ]
+    record = ROOT / "assets/research/runs/qwen-half-b/metrics.jsonl"
+    steps = [json.loads(line) for line in record.open()]
     assert not any(logs["frac_reward_zero_std"] for logs in steps)
     args, _ = grpo_demo.parse_args([*LAPTOP])
     health, state = Health(), TrainerState()

@@ -283,10 +283,10 @@ def time() -> None:
 def passed() -> None:
     """Draw lenient pass@k of the three measurements: a line a run, of a single one intervals."""
     models = {"Laptop model: % of 512": LAPTOP, "Qwen2.5 1.5B: % of 48": QWEN}
+    looks = {BEFORE: ":", SHOT: "--", AFTER: "-"}
     figure = Figure((8, 3.5))
     for ax, (name, columns) in zip(figure.subplots(1, 2), models.items(), strict=True):
         single = len(columns) == 1
-        looks = {BEFORE: ":", SHOT: "--", AFTER: "-"}
         for j, when in enumerate(runs(columns)[0].evaluation["pass"]):
             cells = tables.pass_at_k(columns, when, "lenient")
             color = ACCURACY["lenient"] if when == AFTER else INK

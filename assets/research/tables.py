@@ -273,12 +273,11 @@ def tails() -> str:
             columns[f"{title}, steps {first} to {last}"] = steps
     counts = [sum(map(Counter, parts), Counter()) for parts in columns.values()]
     words = {"": "nothing", "\n": "a newline", STRAY: f"{code(STRAY)}, a second one"}
+    words |= {"none": "there is no `</answer>`", "other": "anything else"}
+    counts = [Counter(t if t in words else "other" for t in count.elements()) for count in counts]
     rows = []
-    for tail, title in (words | {"none": "there is no `</answer>`"}).items():
+    for tail, title in words.items():
         rows.append([title, *(f"{count[tail] / count.total():.1%}" for count in counts)])
-    rest = [sum(count[tail] for tail in count.keys() - {*words, "none"}) for count in counts]
-    shares = zip(rest, counts, strict=True)
-    rows.append(["anything else", *(f"{n / count.total():.1%}" for n, count in shares)])
     return table(["what follows the last `</answer>`", *columns], rows)
 
 
