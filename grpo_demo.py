@@ -74,7 +74,7 @@ from yaml import YAMLError
 import rewards
 from assets import resume, settings, terminal, wandb_run
 from assets.common import UserError, as_user_error, first_process, print_error, print_once
-from assets.evaluate import Evaluation, write_card
+from assets.evaluate import Evaluation, watch_ends, write_card
 
 # Model and data
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
@@ -432,7 +432,9 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         trainer.add_callback(resume.StopAndResume(trainer, run))
         terminal.print_banner(trainer)
         wandb_run.open_run(args, config, run.record["wandb_id"], wandb_mode)
-        if evaluation:
+        if not evaluation:
+            watch_ends(trainer)
+        else:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
         with suppress(resume.AtLastStep):  # it was stopped after its last step

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
@@ -41,7 +42,6 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
     """
     tokenizer, accelerator, answers = trainer.processing_class, trainer.accelerator, []
     backend = generate_with_vllm if trainer.use_vllm else generate_with_transformers
-    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     extra = -len(prompts) % accelerator.num_processes
     trainer.model.eval()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
@@ -57,10 +57,38 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
             inner = tokens[: ends[0]] if ends else tokens
             text = tokenizer.decode(inner, skip_special_tokens=True)
             length = ends[0] + 1 if ends else len(tokens)
-            stray = next((special[token] for token in inner if token in special), "")
-            end = {"tokens": length, "truncated": not ends, "stray": stray}
+            end = {"tokens": length, "truncated": not ends, "stray": find_stray(tokenizer, inner)}
             answers.append({"completion": text, **end})
     return gather_object(answers)[: len(prompts)]
+
+
+def find_stray(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Return the first special token of a completion without its end; '' if there is none."""
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return next((special[token] for token in tokens if token in special), "")
+
+
+def warn_of_strays(strays: list[str]) -> None:
+    """Warn if completions, of which these are the `find_stray`, go on after a special token."""
+    if found := [stray for stray in strays if stray]:
+        what = f"{len(found)} of {len(strays)} completions go on after {found[0]}"
+        print_error(f"warning: {what}: add its id to eos_token_id in generation_config.json")
+
+
+def watch_ends(trainer: GRPOTrainer) -> None:
+    """Let the trainer's last reward look at the completions of the first step for strays."""
+    reward, stops, looked = trainer.reward_funcs[-1], trainer.eos_token_ids, False
+
+    @wraps(reward)
+    def watched(*, completion_ids: list[list[int]], **kwargs) -> list[float]:
+        nonlocal looked
+        if not looked:
+            looked, tokenizer = True, trainer.processing_class
+            inner = [ids[:-1] if ids[-1] in stops else ids for ids in completion_ids]
+            warn_of_strays([find_stray(tokenizer, ids) for ids in inner])
+        return reward(completion_ids=completion_ids, **kwargs)
+
+    trainer.reward_funcs[-1] = watched
 
 
 def generate_with_transformers(
@@ -126,10 +154,8 @@ class Evaluation:
         With `eval_generations` also pass@k: is one of k sampled answers right?
         """
         answers = self.answers[name] = self.answer(trainer, name, one_shot)
-        strays = [answer["stray"] for answer in answers if answer.get("stray")]
-        if strays and len(self.answers) == 1:
-            what = f"{len(strays)} of {len(answers)} answers go on after {strays[0]}"
-            print_error(f"warning: {what}: add its id to eos_token_id in generation_config.json")
+        if len(self.answers) == 1:
+            warn_of_strays([answer.get("stray", "") for answer in answers])
         if n := self.args.eval_generations:
             from assets import pass_at_k  # which no other run needs
 
@@ -201,9 +227,13 @@ class Evaluation:
 
 
 def read_answers(path: Path, pairs: list[tuple[str, str]]) -> list[Answer]:
-    """Return the answers kept in a file, if they are to the first of these questions; else none."""
+    """Return the answers kept in a file, scored by the present rewards.py.
+
+    None if they are not to the first of these questions.
+    """
     try:
         answers = pd.read_parquet(path).to_dict("records") if path.exists() else []
+        answers = [answer | score(answer["completion"], answer["gold"]) for answer in answers]
         if answers:
             verdict.summarize(answers)  # all columns are there
     except Exception as error:  # whatever a library makes of a damaged file

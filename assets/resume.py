@@ -239,6 +239,10 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
         if name in ("data", "rewards.py") or name.startswith("model file "):
             changed[name] = f"{name} has changed"
     rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
+    trained = any(map(is_trained, out.glob("checkpoint-*")))
+    if changed.keys() == {"rewards.py"} and trained and not record["finished"]:
+        changed = {}
+        print_error("warning: rewards.py has changed; training is done, answers are scored anew")
     if record["finished"] and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
         release(out)
         further = shlex.join(["--model_name_or_path", str(out), "--output_dir", f"{out}-2"])
@@ -252,6 +256,11 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
         raise SystemExit(0)
     if rounding:
         print_error(f"warning: {'; '.join(rounding)}: results will differ by rounding")
+    return newest_checkpoint(out)
+
+
+def newest_checkpoint(out: Path) -> str | None:
+    """Return the newest complete checkpoint, None if there is none."""
     found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in out.iterdir()]
     steps = sorted((int(match[1]) for match in found if match), reverse=True)
     for step in steps:
@@ -273,6 +282,12 @@ def is_complete(folder: Path) -> bool:
         return False
     files = {folder / name: size for name, size in sizes.items()}
     return all(file.exists() and file.stat().st_size == size for file, size in files.items())
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether a checkpoint is complete, and that of the last step."""
+    state = is_complete(folder) and json.loads((folder / "trainer_state.json").read_text())
+    return state and state["global_step"] >= state["max_steps"]
 
 
 class StopAndResume(TrainerCallback):

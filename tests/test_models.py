@@ -253,7 +253,16 @@ def test_the_evaluation_counts_answers_that_go_on_after_a_special_token(tmp_path
     strays = [answer["stray"] for answer in answers]
     assert set(strays) <= {"", START, END} and strays.count(END) > 8
     (line,) = warnings(capsys)
-    assert f"{len(strays) - strays.count('')} of 16 answers" in line and END in line
+    assert f"{len(strays) - strays.count('')} of 16 completions" in line and END in line
+
+
+@pytest.mark.parametrize(("stops", "lines"), [(TEXT_END, 1), ([TEXT_END, END], 0)])
+def test_without_an_evaluation_the_first_step_counts_them(tmp_path, stops, lines):
+    folder = make_model(tmp_path / "model", stops=stops, eos_token=TEXT_END, pad_token=TEXT_END)
+    steps = ("--max_steps", 2, "--per_device_train_batch_size", 16, "--save_strategy", "no")
+    out = ("--output_dir", tmp_path / "out", "--report_to", "none", "--evaluate", "False")
+    done = run(*LAPTOP, "--model_name_or_path", folder, *steps, *out)
+    assert done.returncode == 0 and done.stderr.count("completions go on after") == lines
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,24 @@ def test_what_an_output_directory_may_hold(whole, tmp_path):
     assert done.returncode == 0 and len(list(tmp_path.glob("mine.*"))) == 2
 
 
+def test_a_mended_rewards_file_finishes_a_run_whose_training_is_done(whole, tmp_path):
+    """As after an error in the last evaluation: kept answers are scored by the new file."""
+    out, first = tmp_path / "run", Path("evaluation/before_zero_shot.parquet")
+    shutil.copytree(whole, out, symlinks=True)
+    record = json.loads((out / "run.json").read_text())
+    record["settings"]["rewards.py"] = "the faulty one"
+    (out / "run.json").write_text(json.dumps(record | {"finished": False}))
+    pd.read_parquet(out / first).assign(lenient_accuracy=False).to_parquet(out / first)
+    (out / "evaluation/after_zero_shot.parquet").unlink()
+    shutil.copytree(out, tmp_path / "begun", symlinks=True)
+    done = run(*FLAGS, "--output_dir", out)
+    assert done.returncode == 0 and "rewards.py has changed" in done.stderr, done.stderr[-2000:]
+    assert same(whole, out)
+    shutil.rmtree(tmp_path / f"begun/checkpoint-{STEPS}")
+    done = run(*FLAGS, "--output_dir", tmp_path / "begun")
+    assert done.returncode == 2 and "(rewards.py has changed)" in done.stderr
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 

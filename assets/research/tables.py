@@ -27,6 +27,7 @@ HALF = {"seed 42": "qwen-half-b"}  # Qwen2.5-Coder-0.5B
 HALF_STOPS = "qwen-half-b-wrong-stops"  # its first 12 steps without a stop at <|endoftext|>
 HALF_KL = {"seed 42": "qwen-vllm"}  # 0.5B with the KL penalty, fewer completions, pass@k
 QWEN = {"seed 42": "qwen-1.5b"}  # the gist's size
+TRIALS = ["qwen-1.5b-5e-5", "qwen-1.5b", "qwen-1.5b-2e-4"]  # learning rates: its first six steps
 STRAY = "\n</reasoning>"  # a second one, after the answer, in endings.json
 BEFORE, SHOT, AFTER = "before_zero_shot", "before_one_shot", "after_zero_shot"
 MEASURED = {BEFORE: "untrained", SHOT: "untrained, one-shot", AFTER: "trained"}
@@ -50,6 +51,11 @@ COURSE = {  # title: metric, format
 }
 
 
+TRIAL = {
+    "reward": ("reward", "{:.2f}"),
+    "soft format, at most 0.5": ("rewards/soft_format_reward_func/mean", "{:.2f}"),
+    "right in any form": ("accuracy/lenient", "{:.0%}"),
+}
 COMPLETIONS = {"right in any form": "accuracy/lenient", "cut off": "completions/clipped_ratio"}
 
 
@@ -335,6 +341,22 @@ def settings() -> str:
     return table(["learning rate", *titles], rows)
 
 
+def trials() -> str:
+    """Return the first six steps of 1.5B with three learning rates: means of three steps."""
+    rows = []
+    for name in TRIALS:
+        steps = read_lines(f"{name}/metrics.jsonl")[:6]
+        rate = float(read(name, "record")["settings"]["learning_rate"])
+        row = [f"{rate:.0e}".replace("e-0", "e-")]
+        for key, form in TRIAL.values():
+            row += [
+                form.format(mean(step[key] for step in part)) for part in (steps[:3], steps[3:])
+            ]
+        rows.append(row)
+    titles = [f"{title}, steps {part}" for title in TRIAL for part in ("1 to 3", "4 to 6")]
+    return table(["learning rate", *titles], rows)
+
+
 def parts() -> str:
     """Return what each part of the recipe does: the laptop run with one thing changed."""
     rows = []
@@ -400,6 +422,7 @@ TABLES = {
     "examples": examples,
     "group": group,
     "settings": settings,
+    "trials": trials,
     "parts": parts,
     "updates": updates,
     "stops": stops,
