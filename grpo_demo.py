@@ -62,13 +62,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
-from trl import (
-    GRPOConfig,
-    GRPOTrainer,
-    ModelConfig,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
 import rewards
