@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
@@ -37,8 +37,7 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
     need. Greedy decoding takes no random numbers; else answers are sampled as in training.
 
     Returns a dict per prompt, in order and on every process: `completion` (text), `tokens` (with
-    the token that ends the text), `truncated` (no end within the limit), `stray` (the first special
-    token before the end, or '').
+    the token that ends the text), `truncated` (no end within the limit), `stray` (`cut_at_end`).
     """
     tokenizer, accelerator, answers = trainer.processing_class, trainer.accelerator, []
     backend = generate_with_vllm if trainer.use_vllm else generate_with_transformers
@@ -53,23 +52,27 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
             **trainer.chat_template_kwargs,
         )["input_ids"]
         for tokens in backend(trainer, ids, greedy):
-            ends = [i for i, token in enumerate(tokens) if token in trainer.eos_token_ids]
-            inner = tokens[: ends[0]] if ends else tokens
+            inner, ended, stray = cut_at_end(trainer, tokens)
             text = tokenizer.decode(inner, skip_special_tokens=True)
-            length = ends[0] + 1 if ends else len(tokens)
-            end = {"tokens": length, "truncated": not ends, "stray": find_stray(tokenizer, inner)}
+            end = {"tokens": len(inner) + ended, "truncated": not ended, "stray": stray}
             answers.append({"completion": text, **end})
     return gather_object(answers)[: len(prompts)]
 
 
-def find_stray(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """Return the first special token of a completion without its end; '' if there is none."""
-    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return next((special[token] for token in tokens if token in special), "")
+def cut_at_end(trainer: GRPOTrainer, tokens: list[int]) -> tuple[list[int], bool, str]:
+    """Return a completion's tokens before its end, whether it has one, its first stray or ''.
+
+    A stray is a special token before the end: generation should have stopped there.
+    """
+    ends = [i for i, token in enumerate(tokens) if token in trainer.eos_token_ids]
+    inner = tokens[: ends[0]] if ends else tokens
+    known = trainer.processing_class.added_tokens_decoder
+    strays = (known[token].content for token in inner if token in known and known[token].special)
+    return inner, bool(ends), next(strays, "")
 
 
 def warn_of_strays(strays: list[str]) -> None:
-    """Warn if completions, of which these are the `find_stray`, go on after a special token."""
+    """Warn if completions go on after a stray; `strays` has that of each, or ''."""
     if found := [stray for stray in strays if stray]:
         what = f"{len(found)} of {len(strays)} completions go on after {found[0]}"
         print_error(f"warning: {what}: add its id to eos_token_id in generation_config.json")
@@ -77,15 +80,12 @@ def warn_of_strays(strays: list[str]) -> None:
 
 def watch_ends(trainer: GRPOTrainer) -> None:
     """Let the trainer's last reward look at the completions of the first step for strays."""
-    reward, stops, looked = trainer.reward_funcs[-1], trainer.eos_token_ids, False
+    reward = trainer.reward_funcs[-1]
 
     @wraps(reward)
     def watched(*, completion_ids: list[list[int]], **kwargs) -> list[float]:
-        nonlocal looked
-        if not looked:
-            looked, tokenizer = True, trainer.processing_class
-            inner = [ids[:-1] if ids[-1] in stops else ids for ids in completion_ids]
-            warn_of_strays([find_stray(tokenizer, ids) for ids in inner])
+        trainer.reward_funcs[-1] = reward  # not again
+        warn_of_strays([cut_at_end(trainer, ids)[2] for ids in completion_ids])
         return reward(completion_ids=completion_ids, **kwargs)
 
     trainer.reward_funcs[-1] = watched
