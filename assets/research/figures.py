@@ -75,7 +75,7 @@ def result() -> None:
                 y = [100 * cell[key] for key in ("low", "value", "high")]
                 ax.plot([at] * 3, y, "-o", color=INK, lw=1.3, ms=3.2, markevery=[1])
             top = 100 * max(cell["high"] for cell in found)
-            ax.annotate(f"{mean:.0%}", (x, top), (0, 3), **above)
+            ax.annotate(f"{100 * mean:.1f}", (x, top), (0, 3), **above)
         ax.set_xticks([0.2, 1.2, 2.2], ["untrained", "one-shot", "trained"], fontweight="bold")
         ax.tick_params("x", length=0)
         ax.set_title(f"{name}: % right of {found[0]['n']}", pad=14)

@@ -56,6 +56,7 @@ TRIAL = {
     "soft format reward, at most 0.5": ("rewards/soft_format_reward_func/mean", "{:.2f}"),
     "right in any form": ("accuracy/lenient", "{:.0%}"),
 }
+WITHOUT = "without correctness"  # a row of `parts`
 COMPLETIONS = {"right in any form": "accuracy/lenient", "cut off": "completions/clipped_ratio"}
 
 
@@ -445,18 +446,14 @@ CELLS = {  # README's numbers that stand in a table: its name, row, column
     "one_trained": ("results", "strict accuracy, trained", ONE_B),
     "one_first": ("qwen_course", "strict format reward, at most 0.5", "first"),
     "one_last": ("qwen_course", "strict format reward, at most 0.5", "last"),
-    "laptop_pass1": ("passed", "1", "trained, strict"),
-    "laptop_pass16": ("passed", "16", "trained, strict"),
-    "shot_pass1": ("passed", "1", "untrained, one-shot, strict"),
-    "shot_pass16": ("passed", "16", "untrained, one-shot, strict"),
     "one_pass1": ("qwen_passed", "1", "trained, lenient"),
     "one_pass8": ("qwen_passed", "8", "trained, lenient"),
-    "one_shot_pass1": ("qwen_passed", "1", "untrained, one-shot, lenient"),
-    "one_shot_pass8": ("qwen_passed", "8", "untrained, one-shot, lenient"),
+    "one_shot1": ("qwen_passed", "1", "untrained, one-shot, lenient"),
+    "one_shot8": ("qwen_passed", "8", "untrained, one-shot, lenient"),
     "stray": ("tails", f"{code(STRAY)}, a second one", "trained, test answers"),
     "endless_soft": ("stops", "does not stop there", "soft format"),
     "endless_strict": ("stops", "does not stop there", "strict format"),
-    "no_correctness": ("parts", "without correctness", "strict accuracy"),
+    "no_correctness": ("parts", WITHOUT, "strict accuracy"),
     "only_sampled": ("parts", "correctness only", "strict XML, last ten steps"),
     "moved_bf16": ("updates", "bfloat16 | 5e-6", "weights changed"),
     "moved_fp32": ("updates", "float32 | 5e-6", "weights changed"),
@@ -468,6 +465,11 @@ def numbers() -> dict[str, str]:
     found = {name: cell(*place) for name, place in CELLS.items()}
     only = lines("parts")["correctness only"]
     found["only_greedy"] = f"{mean(row['measured'][AFTER]['strict_format'] for row in only):.0%}"
+    for name, when in {"shot": SHOT, "laptop": AFTER}.items():
+        cells = pass_at_k(LAPTOP, when, "lenient")
+        found |= {f"{name}_pass{k}": f"{mean_value(cells[k]):.1%}" for k in (1, 16)}
+    alone = [row["measured"][AFTER]["strict_accuracy"] for row in lines("parts")[WITHOUT]]
+    found["low_seed"], found["high_seed"] = (f"{end(alone):.1%}" for end in (min, max))
     found["half_strict"] = f"{values(HALF, AFTER, 'strict_format')[0]:.1%}"
     shares = {"laptop": LAPTOP, "half": HALF, "one": QWEN}
     shares = {name: time_shares(columns["seed 42"]) for name, columns in shares.items()}
