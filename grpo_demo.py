@@ -49,8 +49,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from assets.common import check_flags, look_first
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load: no traceback
+    look_first()
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
 
@@ -204,13 +207,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
 
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
-    parser = settings.Parser([DemoConfig, ModelConfig], __doc__.split("GRPO in six lines")[0])
+    argv = check_flags(sys.argv[1:] if argv is None else argv)
+    parser = settings.Parser([DemoConfig, ModelConfig])
     constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     parser.set_defaults_with_config(
         **{name: value for name, value in constants.items() if name in parser.hints}
     )
     with as_user_error("settings", TypeError, YAMLError):
-        args, model_args = parser.parse_args_and_config(sys.argv[1:] if argv is None else argv)
+        args, model_args = parser.parse_args_and_config(argv)
     settings.check_values(model_args)
     model_args.model_name_or_path = os.path.expanduser(model_args.model_name_or_path)
     return args, model_args

@@ -1,16 +1,24 @@
-"""What all modules share: errors in one line, lines on the terminal, JSON files."""
+"""What all modules share: errors in one line, lines on the terminal, JSON files; and the first look
+at the command line, before the packages load, which takes seconds.
+"""
 
+import argparse
+import ast
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+import yaml
 from tqdm import tqdm
+
+SCRIPT = Path(__file__).parents[1] / "grpo_demo.py"
+FLAGS = Path(__file__).with_name("flags.json")  # written by python -m assets.research.flags
 
 
 class UserError(Exception):
@@ -49,6 +57,9 @@ def write_json(path: Path, value: dict) -> None:
 
 def first_process(decide: Callable[[], Any]) -> Any:
     """Call `decide` on the first process; return its result, or raise its error, on all."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     result, error = None, None
     if PartialState().is_main_process:
         try:
@@ -61,3 +72,83 @@ def first_process(decide: Callable[[], Any]) -> Any:
     if error:
         raise error
     return result
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults of all flags, and the description as it is."""
+
+
+class Flags(argparse.ArgumentParser):
+    """All flags, from plain data: TRL's parser, which takes their values, loads torch."""
+
+    def __init__(self):
+        script = ast.parse(SCRIPT.read_text())
+        about = ast.get_docstring(script).split("GRPO in six lines")[0]
+        usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
+        texts = {"usage": usage, "description": about, "formatter_class": Help}
+        super().__init__(allow_abbrev=False, **texts)
+        self.add_argument("--config", action="append", metavar="FILE", help="Settings, in YAML.")
+        kinds = {"int": int, "float": float, "bool": yes_or_no, "str": str}
+        for names, options in json.loads(FLAGS.read_text()):
+            if "type" in options:
+                options["type"] = or_none(kinds[options["type"]])
+            self.add_argument(*names, **options)
+        for line in script.body:
+            if isinstance(line, ast.Assign) and (name := line.targets[0].id).isupper():
+                self.set_defaults(**{name.lower(): ast.literal_eval(line.value)})
+
+    def error(self, message: str):
+        """Raise UserError; argparse would print all 200 flags first."""
+        raise UserError(message)
+
+
+def or_none(kind: Callable) -> Callable:
+    """Return a type of argparse that takes None too: TRL's parser knows for which flags."""
+
+    @wraps(kind)
+    def read(text: str) -> object:
+        return text if text.lower() in ("none", "null") else kind(text)
+
+    return read
+
+
+def yes_or_no(text: str) -> str:
+    """Return the text of a yes or no, in one of the ways that transformers reads."""
+    if text.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text
+
+
+def check_flags(argv: list[str]) -> list[str]:
+    """Return the command line with `~` and `--config=FILE` written out, or print the help.
+
+    UserError for a flag or YAML key that is none, a value of another type, a missing YAML file.
+    """
+    split = [arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in argv]
+    argv = [os.path.expanduser(arg) for parts in split for arg in parts]
+    found, unknown = Flags().parse_known_args(argv)
+    known, strange = vars(found), [("flag", flag) for flag in unknown]
+    if len(files := found.config or []) > 1:
+        raise UserError("--config can be given once")
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"--config {file}: there is no such YAML file")
+        with as_user_error("settings", yaml.YAMLError):
+            settings = yaml.safe_load(Path(file).read_text())
+        keys = settings if isinstance(settings, dict) else {}
+        strange += [("key in the YAML file:", key) for key in keys if key not in {"env", *known}]
+    for kind, name in strange:
+        near = get_close_matches(str(name).lstrip("-"), known, n=1)
+        dashes = "--" if str(name).startswith("--") else ""
+        hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
+        raise UserError(f"unknown {kind} {name}; {hint}")
+    return argv
+
+
+def look_first() -> None:
+    """Let `check_flags` end the script before the packages load."""
+    try:
+        check_flags(sys.argv[1:])
+    except UserError as error:
+        print_error(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(2) from None

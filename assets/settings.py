@@ -10,9 +10,7 @@ import json
 import math
 import os
 import re
-from difflib import get_close_matches
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import get_type_hints
 
 import torch
@@ -86,64 +84,27 @@ FIXED_OPTIONS = {  # of generation: which cannot be set there
 NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults of all flags, and the description as it is."""
-
-
 class Parser(TrlParser):
-    """TRL's parser, with errors in one line, and one check of types for flags, YAML and constants.
+    """TRL's parser with errors in one line, and one check of types for YAML and constants."""
 
-    A misspelt flag is named before a missing GPU.
-    """
-
-    def __init__(self, configs: list[type], description: str):
-        usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
-        texts = {"usage": usage, "description": description, "formatter_class": Help}
+    def __init__(self, configs: list[type]):
         hints = [pair for config in configs for pair in get_type_hints(config).items()]
         self.hints = {name: str(hint) for name, hint in hints}
         self.actions: dict[str, argparse.Action] = {}
-        super().__init__(configs, allow_abbrev=False, **texts)
+        super().__init__(configs, allow_abbrev=False)
 
     def add_argument(self, *names, **options) -> argparse.Action:
         """Add a flag, and keep it by its setting; `--no_x` comes after `--x`."""
         action = super().add_argument(*names, **options)
         return self.actions.setdefault(action.dest, action)
 
-    def parse_args_and_config(self, args: list[str]) -> tuple:
-        """Return the settings. UserError for a flag, key or value that cannot be."""
-        plain = []
-        for arg in args:
-            plain += arg.split("=", 1) if arg.startswith("--config=") else [arg]
-        plain = [os.path.expanduser(arg) for arg in plain]
-        files = [file for flag, file in pairwise([*plain, ""]) if flag == "--config"]
-        if len(files) > 1:
-            raise UserError("--config can be given once")
-        if files and not os.path.isfile(files[0]):
-            raise UserError(f"--config {files[0]}: there is no such YAML file")
-        return super().parse_args_and_config(plain)
-
     def error(self, message: str):
         """Raise UserError; argparse would print all 200 flags first."""
         raise UserError(message)
 
-    def unknown(self, kind: str, name: str):
-        """Raise UserError for a name that is no setting; it names the nearest one."""
-        near = get_close_matches(name.lstrip("-"), self.actions, n=1)
-        dashes = "--" if name.startswith("--") else ""
-        hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
-        self.error(f"unknown {kind} {name}; {hint}")
-
-    def parse_known_args(self, args=None, namespace=None):
-        known, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.unknown("flag", unknown[0])
-        return known, unknown
-
     def set_defaults_with_config(self, **settings) -> list:
         """Set the values of a YAML file, as strict as flags: argparse converts their text."""
         for name, value in settings.items():
-            if name not in self.actions:
-                self.unknown("key in the YAML file:", name)
             action, hint = self.actions[name], self.hints.get(name, "")
             kind = {type(None): "None", list: "list", dict: "dict"}.get(type(value), "")
             if kind not in hint or (kind == "None" and name in NOT_EMPTY.split()):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAPTOP, ROOT, command
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig
 
 import grpo_demo
-from assets.common import UserError
-from assets.settings import FIXED_OPTIONS
+from assets.common import FLAGS, Flags, Help, UserError
+from assets.research.flags import collect
+from assets.settings import FIXED_OPTIONS, Parser
 from grpo_demo import DemoConfig, parse_args
 
 QUICK = ("--max_steps", "1", "--eval_samples", "4")  # what is not refused ends soon
@@ -171,6 +172,39 @@ def test_wrong_yaml_is_named(tmp_path, text, named):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=named):
         parse_args(["--use_cpu", "--config", str(tmp_path / "bad.yaml")])
+
+
+def test_the_list_of_flags_is_that_of_the_packages():
+    assert json.loads(FLAGS.read_text()) == collect(), "python -m assets.research.flags mends it"
+    parser = Parser([DemoConfig, ModelConfig])
+    parser.formatter_class = Help
+    constants = {name.lower(): value for name, value in vars(grpo_demo).items() if name.isupper()}
+    parser.set_defaults_with_config(**{k: v for k, v in constants.items() if k in parser.hints})
+    ours, theirs = (p.format_help().partition("  --output_dir")[2] for p in (Flags(), parser))
+    assert ours == theirs and "default: 5e-06" in ours
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        (["--help"], 0, "--num_generations NUM_GENERATIONS"),
+        (["--learning_rat", "1"], 2, "did you mean --learning_rate?"),
+        (["--config", "{bad}"], 2, "unknown key in the YAML file: learning_rat; did you mean"),
+        (["--config", "nowhere.yaml"], 2, "there is no such YAML file"),
+        (["--beta", "much"], 2, "argument --beta: invalid float value: 'much'"),
+        (["--save_total_limit", "1.5"], 2, "invalid int value: '1.5'"),
+        (["--bf16", "perhaps"], 2, "'perhaps' is neither True nor False"),
+        (["--optim", "adm"], 2, "invalid choice: 'adm'"),
+    ],
+)
+def test_what_needs_no_package_comes_at_once(tmp_path, flags, status, said):
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    flags = [flag.format(bad=tmp_path / "bad.yaml") for flag in flags]
+    done = command(*flags, launcher=(sys.executable, "-X", "importtime"))
+    imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert done.returncode == status and said in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == len(imports) + status // 2  # one line of error
+    assert not any(name in line for line in imports for name in ("torch", "transformers", "trl"))
 
 
 def test_no_gpu_names_the_laptop_command(monkeypatch):
