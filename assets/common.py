@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Flags(argparse.ArgumentParser):
     """All flags, from plain data: TRL's parser, which takes their values, loads torch."""
 
-    def __init__(self):
+    def __init__(self, flags: list[list]):
         script = ast.parse(SCRIPT.read_text())
         about = ast.get_docstring(script).split("GRPO in six lines")[0]
         usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
@@ -89,7 +90,7 @@ class Flags(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **texts)
         self.add_argument("--config", action="append", metavar="FILE", help="Settings, in YAML.")
         kinds = {"int": int, "float": float, "bool": yes_or_no, "str": str}
-        for names, options in json.loads(FLAGS.read_text()):
+        for names, options in flags:
             if "type" in options:
                 options["type"] = or_none(kinds[options["type"]])
             self.add_argument(*names, **options)
@@ -122,11 +123,15 @@ def yes_or_no(text: str) -> str:
 def check_flags(argv: list[str]) -> list[str]:
     """Return the command line with `~` and `--config=FILE` written out, or print the help.
 
+    With other versions of the packages, which may have other flags, it is left to TRL's parser.
     UserError for a flag or YAML key that is none, a value of another type, a missing YAML file.
     """
     split = [arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in argv]
     argv = [os.path.expanduser(arg) for parts in split for arg in parts]
-    found, unknown = Flags().parse_known_args(argv)
+    versions, *flags = json.loads(FLAGS.read_text())
+    if any(version(package) != listed for package, listed in versions.items()):
+        return argv
+    found, unknown = Flags(flags).parse_known_args(argv)
     known, strange = vars(found), [("flag", flag) for flag in unknown]
     if len(files := found.config or []) > 1:
         raise UserError("--config can be given once")

@@ -14,6 +14,7 @@ from conftest import LAPTOP, ROOT, command
 from trl import GRPOConfig, ModelConfig
 
 import grpo_demo
+from assets import common
 from assets.common import FLAGS, Flags, Help, UserError
 from assets.research.flags import collect
 from assets.settings import FIXED_OPTIONS, Parser
@@ -175,12 +176,13 @@ def test_wrong_yaml_is_named(tmp_path, text, named):
 
 
 def test_the_list_of_flags_is_that_of_the_packages():
-    assert json.loads(FLAGS.read_text()) == collect(), "python -m assets.research.flags mends it"
+    _, *flags = listed = json.loads(FLAGS.read_text())
+    assert listed == collect(), "python -m assets.research.flags mends it"
     parser = Parser([DemoConfig, ModelConfig])
     parser.formatter_class = Help
     constants = {name.lower(): value for name, value in vars(grpo_demo).items() if name.isupper()}
     parser.set_defaults_with_config(**{k: v for k, v in constants.items() if k in parser.hints})
-    ours, theirs = (p.format_help().partition("  --output_dir")[2] for p in (Flags(), parser))
+    ours, theirs = (p.format_help().partition("  --output_dir")[2] for p in (Flags(flags), parser))
     assert ours == theirs and "default: 5e-06" in ours
 
 
@@ -205,6 +207,17 @@ def test_what_needs_no_package_comes_at_once(tmp_path, flags, status, said):
     assert done.returncode == status and said in done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == len(imports) + status // 2  # one line of error
     assert not any(name in line for line in imports for name in ("torch", "transformers", "trl"))
+
+
+def test_another_version_of_trl_may_have_other_flags(tmp_path, monkeypatch):
+    _, *flags = json.loads(FLAGS.read_text())
+    flags = [flag for flag in flags if "--beta" not in flag[0]]  # as if beta were new
+    (tmp_path / "flags.json").write_text(json.dumps([{"trl": "1.0"}, *flags]))
+    monkeypatch.setattr(common, "FLAGS", tmp_path / "flags.json")
+    args, _ = parse_args(["--use_cpu", "--beta", "0.5"])
+    assert args.beta == 0.5
+    with pytest.raises(UserError, match="bet"):
+        parse_args(["--use_cpu", "--bet", "0.5"])
 
 
 def test_no_gpu_names_the_laptop_command(monkeypatch):

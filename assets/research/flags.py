@@ -5,6 +5,7 @@ python -m assets.research.flags
 
 import argparse
 import json
+from importlib.metadata import version
 
 from trl import ModelConfig
 
@@ -15,9 +16,9 @@ from assets.settings import Parser
 KINDS = {"int": "int", "float": "float", "string_to_bool": "bool"}  # names of argparse's types
 
 
-def collect() -> list[list]:
-    """Return names and options of each flag, as in TRL's parser; the options can be JSON."""
-    flags = []
+def collect() -> list[dict | list]:
+    """Return the packages' versions; names and options of each flag, as in TRL's parser."""
+    flags = [{package: version(package) for package in ("trl", "transformers")}]
     for action in Parser([grpo_demo.DemoConfig, ModelConfig])._actions[1:]:  # not --help
         options = {"dest": action.dest, "help": action.help, "default": action.default}
         if isinstance(action, argparse._StoreFalseAction):
