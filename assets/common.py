@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import wraps
 from importlib.metadata import version
@@ -95,8 +95,8 @@ class Flags(argparse.ArgumentParser):
                 options["type"] = or_none(kinds[options["type"]])
             self.add_argument(*names, **options)
         for line in script.body:
-            if isinstance(line, ast.Assign) and (name := line.targets[0].id).isupper():
-                self.set_defaults(**{name.lower(): ast.literal_eval(line.value)})
+            with suppress(AttributeError, ValueError):  # no name = value that can be read here
+                self.set_defaults(**{line.targets[0].id.lower(): ast.literal_eval(line.value)})
 
     def error(self, message: str):
         """Raise UserError; argparse would print all 200 flags first."""

@@ -209,6 +209,16 @@ def test_what_needs_no_package_comes_at_once(tmp_path, flags, status, said):
     assert not any(name in line for line in imports for name in ("torch", "transformers", "trl"))
 
 
+def test_a_constant_may_be_an_expression(tmp_path, monkeypatch):
+    text = Path("grpo_demo.py").read_text()
+    mine = "SEED = 6 * 7\nBETA: float = 0.1\nTOP_K, TOP_P = 9, 0.9\nMAX_STEPS = 70\n"
+    (tmp_path / "mine.py").write_text(text + mine)
+    monkeypatch.setattr(common, "SCRIPT", tmp_path / "mine.py")
+    assert common.check_flags(["--beta", "0.2"]) == ["--beta", "0.2"]
+    _, *flags = json.loads(FLAGS.read_text())
+    assert Flags(flags).get_default("max_steps") == 70
+
+
 def test_another_version_of_trl_may_have_other_flags(tmp_path, monkeypatch):
     _, *flags = json.loads(FLAGS.read_text())
     flags = [flag for flag in flags if "--beta" not in flag[0]]  # as if beta were new
