@@ -94,9 +94,12 @@ class Flags(argparse.ArgumentParser):
             if "type" in options:
                 options["type"] = or_none(kinds[options["type"]])
             self.add_argument(*names, **options)
+        constants = {}
         for line in script.body:
             with suppress(AttributeError, ValueError):  # no name = value that can be read here
-                self.set_defaults(**{line.targets[0].id.lower(): ast.literal_eval(line.value)})
+                constants[line.targets[0].id.lower()] = ast.literal_eval(line.value)
+        names = constants.keys() & {options["dest"] for _, options in flags}
+        self.set_defaults(**{name: constants[name] for name in names})
 
     def error(self, message: str):
         """Raise UserError; argparse would print all 200 flags first."""

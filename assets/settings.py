@@ -105,6 +105,8 @@ class Parser(TrlParser):
     def set_defaults_with_config(self, **settings) -> list:
         """Set the values of a YAML file, as strict as flags: argparse converts their text."""
         for name, value in settings.items():
+            if name not in self.actions:
+                continue  # TRL refuses it
             action, hint = self.actions[name], self.hints.get(name, "")
             kind = {type(None): "None", list: "list", dict: "dict"}.get(type(value), "")
             if kind not in hint or (kind == "None" and name in NOT_EMPTY.split()):

@@ -165,6 +165,8 @@ def test_wrong_flags_are_named(flags, named):
     ("text", "named"),
     [
         ("learning_rat: 1\n", "learning_rat; did you mean learning_rate"),
+        ("system_prompt: short\n", "system_prompt; --help"),  # a constant, but no flag
+        ("1: 2\n", "1; --help"),
         ("- a\n", "mapping"),
         ("a: [\n", "settings"),
     ],
@@ -226,8 +228,10 @@ def test_another_version_of_trl_may_have_other_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "FLAGS", tmp_path / "flags.json")
     args, _ = parse_args(["--use_cpu", "--beta", "0.5"])
     assert args.beta == 0.5
-    with pytest.raises(UserError, match="bet"):
-        parse_args(["--use_cpu", "--bet", "0.5"])
+    (tmp_path / "bad.yaml").write_text("bet: 1\n")
+    for flags in (["--bet", "0.5"], ["--config", str(tmp_path / "bad.yaml")]):
+        with pytest.raises(UserError, match="bet"):
+            parse_args(["--use_cpu", *flags])
 
 
 def test_no_gpu_names_the_laptop_command(monkeypatch):
