@@ -47,7 +47,7 @@ def test_the_top_level_has_its_agreed_shape():
 
 def test_ci_runs_readmes_test_command():
     (command,) = re.findall(r"<!-- tests -->\n```bash\n(.*)\n```", README)
-    assert command.endswith("python -m pytest -q -n 2 --dist loadfile tests")
+    assert command.endswith("python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests")
     assert "README.md" in (ROOT / ".ci/run").read_text()
 
 
