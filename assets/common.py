@@ -134,7 +134,8 @@ def check_flags(argv: list[str]) -> list[str]:
     versions, *flags = json.loads(FLAGS.read_text())
     if any(version(package) != listed for package, listed in versions.items()):
         return argv
-    found, unknown = Flags(flags).parse_known_args(argv)
+    parser = Flags(flags)
+    found, unknown = parser.parse_known_args(argv)
     known, strange = vars(found), [("flag", flag) for flag in unknown]
     if len(files := found.config or []) > 1:
         raise UserError("--config can be given once")
@@ -144,12 +145,17 @@ def check_flags(argv: list[str]) -> list[str]:
         with as_user_error("settings", yaml.YAMLError):
             settings = yaml.safe_load(Path(file).read_text())
         keys = settings if isinstance(settings, dict) else {}
+        texts = {
+            key: str(value) for key, value in keys.items() if isinstance(value, str | float | int)
+        }
+        parser.set_defaults(**{key: texts[key] for key in texts.keys() & known})
         strange += [("key in the YAML file:", key) for key in keys if key not in {"env", *known}]
     for kind, name in strange:
         near = get_close_matches(str(name).lstrip("-"), known, n=1)
         dashes = "--" if str(name).startswith("--") else ""
         hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
         raise UserError(f"unknown {kind} {name}; {hint}")
+    parser.parse_args(argv)  # converts the texts of the YAML file too
     return argv
 
 

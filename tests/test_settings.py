@@ -195,6 +195,7 @@ def test_the_list_of_flags_is_that_of_the_packages():
         (["--learning_rat", "1"], 2, "did you mean --learning_rate?"),
         (["--config", "{bad}"], 2, "unknown key in the YAML file: learning_rat; did you mean"),
         (["--config", "nowhere.yaml"], 2, "there is no such YAML file"),
+        (["--config", "{slow}"], 2, "argument --beta: invalid float value: 'much'"),
         (["--beta", "much"], 2, "argument --beta: invalid float value: 'much'"),
         (["--save_total_limit", "1.5"], 2, "invalid int value: '1.5'"),
         (["--bf16", "perhaps"], 2, "'perhaps' is neither True nor False"),
@@ -203,7 +204,9 @@ def test_the_list_of_flags_is_that_of_the_packages():
 )
 def test_what_needs_no_package_comes_at_once(tmp_path, flags, status, said):
     (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
-    flags = [flag.format(bad=tmp_path / "bad.yaml") for flag in flags]
+    (tmp_path / "slow.yaml").write_text("use_cpu: true\nlearning_rate: 1e-4\nbeta: much\n")
+    files = {file.stem: file for file in tmp_path.iterdir()}
+    flags = [flag.format(**files) for flag in flags]
     done = command(*flags, launcher=(sys.executable, "-X", "importtime"))
     imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert done.returncode == status and said in done.stdout + done.stderr
