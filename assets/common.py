@@ -137,7 +137,7 @@ def check_flags(argv: list[str]) -> list[str]:
     parser = Flags(flags)
     found, unknown = parser.parse_known_args(argv)
     known, strange = vars(found), [("flag", flag) for flag in unknown]
-    if len(files := found.config or []) > 1:
+    if len(files := known.pop("config") or []) > 1:
         raise UserError("--config can be given once")
     for file in files:
         if not os.path.isfile(file):

@@ -167,6 +167,7 @@ def test_wrong_flags_are_named(flags, named):
         ("learning_rat: 1\n", "learning_rat; did you mean learning_rate"),
         ("system_prompt: short\n", "system_prompt; --help"),  # a constant, but no flag
         ("1: 2\n", "1; --help"),
+        ("config: other.yaml\n", "unknown key in the YAML file: config"),
         ("- a\n", "mapping"),
         ("a: [\n", "settings"),
     ],
