@@ -49,10 +49,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from assets.common import check_flags, look_first
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load: no traceback
+    from assets.common import look_first  # --help and wrong flags: an answer at once
+
     look_first()
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
@@ -69,7 +69,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quant
 from yaml import YAMLError
 
 import rewards
-from assets import resume, settings, terminal, wandb_run
+from assets import common, resume, settings, terminal, wandb_run
 from assets.common import UserError, as_user_error, first_process, print_error, print_once
 from assets.evaluate import Evaluation, watch_ends, write_card
 
@@ -207,7 +207,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
 
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
-    argv = check_flags(sys.argv[1:] if argv is None else argv)
+    argv = common.check_flags(sys.argv[1:] if argv is None else argv)
     parser = settings.Parser([DemoConfig, ModelConfig])
     constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
     parser.set_defaults_with_config(
@@ -430,11 +430,11 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         trainer.add_callback(resume.StopAndResume(trainer, run))
         terminal.print_banner(trainer)
         wandb_run.open_run(args, config, run.record["wandb_id"], wandb_mode)
-        if not evaluation:
-            watch_ends(trainer)
-        else:
+        if evaluation:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
+        else:
+            watch_ends(trainer)
         with suppress(resume.AtLastStep):  # it was stopped after its last step
             trainer.train(resume_from_checkpoint=run.checkpoint)
         trainer.save_model()

@@ -229,7 +229,7 @@ class Evaluation:
 def read_answers(path: Path, pairs: list[tuple[str, str]]) -> list[Answer]:
     """Return the answers kept in a file, scored by the present rewards.py.
 
-    None if they are not to the first of these questions.
+    An empty list if they are not to the first of these questions.
     """
     try:
         answers = pd.read_parquet(path).to_dict("records") if path.exists() else []

@@ -239,8 +239,7 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
         if name in ("data", "rewards.py") or name.startswith("model file "):
             changed[name] = f"{name} has changed"
     rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
-    trained = any(map(is_trained, out.glob("checkpoint-*")))
-    if changed.keys() == {"rewards.py"} and trained and not record["finished"]:
+    if changed.keys() == {"rewards.py"} and not record["finished"] and is_trained(out):
         changed = {}
         print_error("warning: rewards.py has changed; training is done, answers are scored anew")
     if record["finished"] and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
@@ -284,10 +283,11 @@ def is_complete(folder: Path) -> bool:
     return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
-def is_trained(folder: Path) -> bool:
-    """Return whether a checkpoint is complete, and that of the last step."""
-    state = is_complete(folder) and json.loads((folder / "trainer_state.json").read_text())
-    return state and state["global_step"] >= state["max_steps"]
+def is_trained(out: Path) -> bool:
+    """Return whether there is a complete checkpoint of the last step."""
+    folders = filter(is_complete, out.glob("checkpoint-*"))
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in folders]
+    return any(state["global_step"] >= state["max_steps"] for state in states)
 
 
 class StopAndResume(TrainerCallback):
