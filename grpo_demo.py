@@ -46,32 +46,10 @@ import sys
 import warnings
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load: no traceback
-    from assets.common import look_first  # --help and wrong flags: an answer at once
-
-    look_first()
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
-
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset, load_dataset, load_from_disk
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
-from transformers.utils.logging import disable_progress_bar
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
-from yaml import YAMLError
-
-import rewards
-from assets import common, resume, settings, terminal, wandb_run
-from assets.common import UserError, as_user_error, first_process, print_error, print_once
-from assets.evaluate import Evaluation, watch_ends, write_card
+from assets import settings
 
 # Model and data
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
@@ -161,6 +139,27 @@ XML_COT_FORMAT = """\
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
+if __name__ == "__main__":  # --help and wrong settings: an answer before the packages load
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they load: no traceback
+    settings.look_first(globals())
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Dataset, load_dataset, load_from_disk
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+
+import rewards
+from assets import resume, terminal, wandb_run
+from assets.common import UserError, as_user_error, first_process, print_error, print_once
+from assets.evaluate import Evaluation, watch_ends, write_card
+
 
 def setting(constant: object, text: str) -> object:
     """Return a field of DemoConfig: its default, and what `--help` says of it."""
@@ -188,9 +187,6 @@ class DemoConfig(GRPOConfig):
     def __post_init__(self):
         """Refuse what TRL and transformers would refuse less clearly, too late, or not at all."""
         self.use_cpu = self.use_cpu or self.estimate_memory
-        self.dataset_name = os.path.expanduser(self.dataset_name)
-        self.output_dir = os.path.expanduser(self.output_dir)
-        settings.check_values(self)
         settings.check_gpu(self)
         super().__post_init__()
         settings.check_tools(self)
@@ -207,17 +203,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
 
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
-    argv = common.check_flags(sys.argv[1:] if argv is None else argv)
-    parser = settings.Parser([DemoConfig, ModelConfig])
-    constants = {name.lower(): value for name, value in globals().items() if name.isupper()}
-    parser.set_defaults_with_config(
-        **{name: value for name, value in constants.items() if name in parser.hints}
+    values = settings.read(sys.argv[1:] if argv is None else argv, globals())
+    own, of_model = (
+        {field.name: values[field.name] for field in fields(config) if field.name in values}
+        for config in (DemoConfig, ModelConfig)
     )
-    with as_user_error("settings", TypeError, YAMLError):
-        args, model_args = parser.parse_args_and_config(argv)
-    settings.check_values(model_args)
-    model_args.model_name_or_path = os.path.expanduser(model_args.model_name_or_path)
-    return args, model_args
+    with as_user_error("settings", TypeError):
+        return DemoConfig(**own), ModelConfig(**of_model)
 
 
 def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]]:

@@ -1,35 +1,34 @@
-"""Refuse settings that would fail late, or never, in one line.
+"""Settings: read constants, YAML and flags; refuse what would fail late, or never, in one line.
 
-`check_values`, `check_gpu` and `check_tools` run when the command line is read; the checks of chat
-template, stop tokens and prompts run when the model is loaded, before any work. What libraries
-refuse when the command line is read is left to them.
+This module loads no package, so that `--help` and a wrong value are answered at once. What the
+packages must check follows in `check_gpu` and `check_tools`; chat template, stop tokens and prompts
+are checked when the model is loaded. What libraries refuse clearly is left to them.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
 import os
 import re
+import sys
+from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import trl
-from datasets import Dataset
-from jinja2 import TemplateError
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    get_scheduler,
-)
-from transformers.integrations import get_available_reporting_integrations
-from trl import TrlParser
+import yaml
 
 from assets.common import UserError, as_user_error, print_error
-from rewards import REWARD_FUNCS
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+FLAGS = Path(__file__).with_name("flags.json")  # written by python -m assets.research.flags
 NOT_SUPPORTED = {
     "trust_remote_code": "the script runs no code from a model's repository",
     "resume_from_checkpoint": "run the same command again, it resumes",
@@ -72,8 +71,8 @@ CHOICES = {  # which the libraries would refuse late
     "save_strategy": "no steps epoch",  # the best would be that on the test questions
     "dataloader_in_order": "True",  # else chance would order the questions
     "vllm_mode": "colocate server",
-    "dtype": "auto bfloat16 float16 float32",
 }
+NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
 FIXED_OPTIONS = {  # of generation: which cannot be set there
     "--num_generations sets the group": "num_return_sequences n",
     "use --max_completion_length": "max_new_tokens max_length max_tokens",
@@ -81,47 +80,128 @@ FIXED_OPTIONS = {  # of generation: which cannot be set there
     "write it in generation_config.json in the model's folder": "eos_token_id",
     "TRL needs the tokens alone": "return_dict_in_generate",
 }
-NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
 
 
-class Parser(TrlParser):
-    """TRL's parser with errors in one line, and one check of types for YAML and constants."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults of all flags, and the description as it is."""
 
-    def __init__(self, configs: list[type]):
-        hints = [pair for config in configs for pair in get_type_hints(config).items()]
-        self.hints = {name: str(hint) for name, hint in hints}
-        self.actions: dict[str, argparse.Action] = {}
-        super().__init__(configs, allow_abbrev=False)
 
-    def add_argument(self, *names, **options) -> argparse.Action:
-        """Add a flag, and keep it by its setting; `--no_x` comes after `--x`."""
-        action = super().add_argument(*names, **options)
-        return self.actions.setdefault(action.dest, action)
+def yes_or_no(text: str) -> bool:
+    """Return the truth of a yes or no, in one of the ways that transformers reads."""
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+class Parser(argparse.ArgumentParser):
+    """All flags, from plain data: TRL's parser, which wrote them, takes seconds to load."""
+
+    def __init__(self, about: str):
+        usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
+        super().__init__(usage=usage, description=about, formatter_class=Help, allow_abbrev=False)
+        text = "Settings, in YAML; of several files, the last one wins."
+        self.add_argument("--config", action="append", default=[], metavar="FILE", help=text)
+        self.takes: dict[str, list[str]] = {}  # setting -> what it takes beside one value
+        kinds = {"int": int, "float": float, "bool": yes_or_no, "str": str}
+        for names, takes, options in json.loads(FLAGS.read_text()):
+            if "type" in options:
+                options["type"] = kinds[options["type"]]
+            action = self.add_argument(*names, **options)
+            self.takes.setdefault(action.dest, takes)
 
     def error(self, message: str):
         """Raise UserError; argparse would print all 200 flags first."""
         raise UserError(message)
 
-    def set_defaults_with_config(self, **settings) -> list:
-        """Set the values of a YAML file, as strict as flags: argparse converts their text."""
+    def refuse(self, what: str, name: object) -> None:
+        """Raise the UserError for a name that is no setting."""
+        near = get_close_matches(str(name).lstrip("-"), self.takes, n=1)
+        dashes = "--" if str(name).startswith("--") else ""
+        hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
+        raise UserError(f"unknown {what} {name}; {hint}")
+
+    def override(self, settings: dict[str, object]) -> None:
+        """Make settings the defaults of their flags; each value is read as the flag reads it."""
+        flags = []
         for name, value in settings.items():
-            if name not in self.actions:
-                continue  # TRL refuses it
-            action, hint = self.actions[name], self.hints.get(name, "")
             kind = {type(None): "None", list: "list", dict: "dict"}.get(type(value), "")
-            if kind not in hint or (kind == "None" and name in NOT_EMPTY.split()):
+            if kind and kind not in self.takes[name]:
                 self.error(f"{name}: {json.dumps(value, default=str)} is no value for it")
-            if action.nargs == "+" and value is not None:
-                with as_user_error(name):
-                    items = value if isinstance(value, list) else [value]
-                    settings[name] = [action.type(str(item)) for item in items]
-            elif not kind:
-                settings[name] = str(value)  # argparse converts a default that is a text
-        return super().set_defaults_with_config(**settings)
+            if kind == "list":
+                flags += [f"--{name}", *map(str, value)]
+            elif kind != "None":
+                flags += [f"--{name}={json.dumps(value) if kind == 'dict' else value}"]
+        read = vars(self.parse_args(flags))
+        self.set_defaults(**{k: x if x is None else read[k] for k, x in settings.items()})
+
+    def read_yaml(self, file: str) -> None:
+        """Make the settings in a YAML file the defaults of their flags."""
+        with as_user_error(f"--config {file}", UserError, yaml.YAMLError):
+            if not os.path.isfile(path := os.path.expanduser(file)):
+                raise UserError("there is no such YAML file")
+            settings = yaml.safe_load(Path(path).read_text())
+            if not isinstance(settings, dict):
+                raise UserError("it must hold a YAML mapping")
+            for key in settings.keys() - self.takes.keys():
+                self.refuse("key", key)
+            self.override(settings)
 
 
-def check_gpu(args: trl.GRPOConfig) -> None:
+def read(argv: list[str], script: dict[str, object]) -> dict[str, object]:
+    """Return the value of each setting: constants, overridden by YAML files, overridden by flags.
+
+    script  the globals of grpo_demo.py: its constants, and its docstring for `--help`
+
+    UserError names an unknown flag or YAML key, and a value that is of another type, out of range
+    or no choice.
+    """
+    parser = Parser(script["__doc__"].split("GRPO in six lines")[0])
+    constants = {name.lower(): value for name, value in script.items() if name.isupper()}
+    with as_user_error("grpo_demo.py", UserError):
+        parser.override({name: x for name, x in constants.items() if name in parser.takes})
+    for file in parser.parse_known_args(argv)[0].config:
+        parser.read_yaml(file)
+    values, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        parser.refuse("flag", flag)
+    values = vars(values)
+    check_values(values)
+    return values | {name: os.path.expanduser(values[name]) for name in NOT_EMPTY.split()}
+
+
+def look_first(script: dict[str, object]) -> None:
+    """End the script for `--help` and wrong settings before the packages load, which takes 6 s."""
+    try:
+        read(sys.argv[1:], script)
+    except UserError as error:
+        print_error(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(2) from None
+
+
+def check_values(values: dict[str, object]) -> None:
+    """Raise UserError for a setting that is not supported, out of range or no choice."""
+    for name, instead in NOT_SUPPORTED.items():
+        if values[name]:
+            raise UserError(f"--{name} is not supported: {instead}")
+    for text, (holds, names) in RANGES.items():
+        for name in names.split():
+            value = values[name]
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise UserError(f"--{name} {value}: it must be {text}")
+    for name, choices in CHOICES.items():
+        if str(values[name]) not in choices.split():
+            raise UserError(f"--{name} {values[name]}: choose one of {choices}")
+    for name in NOT_EMPTY.split():
+        if not values[name]:
+            raise UserError(f"--{name} is empty")
+
+
+def check_gpu(args: GRPOConfig) -> None:
     """Raise UserError if there is no GPU, several without a launcher, or one without bf16."""
+    import torch
+
     if not args.use_cpu and not torch.cuda.is_available():
         laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
         raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
@@ -136,31 +216,14 @@ def check_gpu(args: trl.GRPOConfig) -> None:
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
 
 
-def check_values(args: object) -> None:
-    """Raise UserError for a number out of range, or an unknown choice; `args` may lack some."""
-    for name, instead in NOT_SUPPORTED.items():
-        if getattr(args, name, None):
-            raise UserError(f"--{name} is not supported: {instead}")
-    for text, (holds, names) in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UserError(f"--{name} {value}: it must be {text}")
-    for name, choices in CHOICES.items():
-        value = getattr(args, name, None)
-        if value is not None and str(value) not in choices.split():
-            raise UserError(f"--{name} {value}: choose one of {choices}")
-    for name in NOT_EMPTY.split():
-        if getattr(args, name, None) == "":
-            raise UserError(f"--{name} is empty")
-    five, weights = len(REWARD_FUNCS), getattr(args, "reward_weights", None) or []
-    if weights and (len(weights) != five or not all(map(math.isfinite, weights))):
-        names = ", ".join(getattr(reward, "__name__", "?") for reward in REWARD_FUNCS)
-        raise UserError(f"--reward_weights {weights}: give {five} finite weights, for {names}")
+def check_tools(args: GRPOConfig) -> None:
+    """Raise UserError if optimizer, scheduler, sampling, rewards or a logger cannot be made."""
+    import torch
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_available_reporting_integrations
 
+    from rewards import REWARD_FUNCS, name_of
 
-def check_tools(args: trl.GRPOConfig) -> None:
-    """Raise UserError if optimizer, scheduler, sampling or a logger cannot be made."""
     if args.use_vllm and not find_spec("vllm"):
         raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
     with as_user_error(f"--optim {args.optim}", ImportError, RuntimeError):
@@ -173,11 +236,17 @@ def check_tools(args: trl.GRPOConfig) -> None:
         raise UserError(f"--report_to {' '.join(missing)}: not installed, or unknown")
     if args.accelerator_config.dispatch_batches:
         raise UserError("--accelerator_config: dispatch_batches cannot send texts")
+    names, weights = [name_of(reward) for reward in REWARD_FUNCS], args.reward_weights
+    if weights and (len(weights) != len(names) or not all(map(math.isfinite, weights))):
+        what = f"give {len(names)} finite weights, for {', '.join(names)}"
+        raise UserError(f"--reward_weights {weights}: {what}")
     check_sampling(args.generation_kwargs or {}, args.use_vllm)
 
 
 def check_sampling(options: object, use_vllm: bool) -> None:
     """Raise UserError for `--generation_kwargs` that are no options or would break the groups."""
+    from transformers import GenerationConfig
+
     what = f"--generation_kwargs {options}"
     if not isinstance(options, dict):
         raise UserError(f"{what}: write it as JSON, for example '{{\"temperature\": 0.9}}'")
@@ -200,12 +269,14 @@ MERGE_SYSTEM = """\
 {%- endif %}"""
 
 
-def check_template(args: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, prompt: list) -> None:
+def check_template(args: GRPOConfig, tokenizer: Tokenizer, prompt: list) -> None:
     """Make the chat template show a prompt's messages, each whole; UserError if it cannot.
 
     Without a system role, the system prompt goes in front of the first question. Warns of a tag
     that the template opens for the model.
     """
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         instead = "use its instruct version, or write chat_template.jinja in the model's folder"
         raise UserError(f"the model has no chat template, so it is a base model: {instead}")
@@ -231,9 +302,7 @@ def check_template(args: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, pro
         print_error(f"warning: the chat template opens {tag[0].strip()}: {why}; use {cure}")
 
 
-def check_stops(
-    args: trl.GRPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def check_stops(args: GRPOConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     """Warn if generation does not stop where the template ends a turn; UserError if nowhere."""
     turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, **(args.chat_template_kwargs or {}))
@@ -261,7 +330,7 @@ def check_stops(
 
 
 def check_prompts(
-    args: trl.GRPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+    args: GRPOConfig, model: PreTrainedModel, tokenizer: Tokenizer, rows: Dataset
 ) -> None:
     """Warn of long prompts and of control tokens; UserError if a prompt leaves no room."""
     more = {"add_generation_prompt": True, **(args.chat_template_kwargs or {})}
@@ -279,13 +348,11 @@ def check_prompts(
         raise UserError(f"{room}, the model takes {positions}: lower --max_completion_length")
 
 
-def check_cast(trainer: trl.GRPOTrainer) -> None:
+def check_cast(trainer: GRPOTrainer) -> None:
     """Raise UserError if continuous batching would cast the weights that are trained."""
     args = trainer.args
-    wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    dtypes = {p.dtype for p in trainer.model.parameters()}
+    wanted = "torch.bfloat16" if args.bf16 else "torch.float16" if args.fp16 else ""
+    dtypes = {str(parameter.dtype) for parameter in trainer.model.parameters()}
     if args.use_transformers_continuous_batching and wanted and dtypes != {wanted}:
-        raise UserError(
-            f"continuous batching would cast weights in training to {wanted}: add --bf16 False "
-            "--fp16 False, or train in bfloat16, without LoRA"
-        )
+        cure = "add --bf16 False --fp16 False, or train in bfloat16, without LoRA"
+        raise UserError(f"continuous batching would cast the weights to {wanted}: {cure}")

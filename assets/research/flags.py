@@ -5,21 +5,21 @@ python -m assets.research.flags
 
 import argparse
 import json
-from importlib.metadata import version
+from typing import get_type_hints
 
-from trl import ModelConfig
+from trl import ModelConfig, TrlParser
 
 import grpo_demo
-from assets.common import FLAGS
-from assets.settings import Parser
+from assets.settings import FLAGS, NOT_EMPTY
 
 KINDS = {"int": "int", "float": "float", "string_to_bool": "bool"}  # names of argparse's types
 
 
-def collect() -> list[dict | list]:
-    """Return the packages' versions; names and options of each flag, as in TRL's parser."""
-    flags = [{package: version(package) for package in ("trl", "transformers")}]
-    for action in Parser([grpo_demo.DemoConfig, ModelConfig])._actions[1:]:  # not --help
+def collect() -> list[list]:
+    """Return each flag's names, what it takes beside one value, and its options of argparse."""
+    configs, flags = [grpo_demo.DemoConfig, ModelConfig], []
+    hints = {name: str(x) for config in configs for name, x in get_type_hints(config).items()}
+    for action in TrlParser(configs)._actions[1:]:  # not --help
         options = {"dest": action.dest, "help": action.help, "default": action.default}
         if isinstance(action, argparse._StoreFalseAction):
             options["action"] = "store_false"
@@ -27,7 +27,11 @@ def collect() -> list[dict | list]:
             name = getattr(action.type, "__name__", "str")
             options |= {"nargs": action.nargs, "type": KINDS.get(name, "str")}
             options |= {"const": action.const, "choices": action.choices and list(action.choices)}
-        flags.append([action.option_strings, {k: v for k, v in options.items() if v is not None}])
+        takes = [kind for kind in ("None", "list", "dict") if kind in hints[action.dest]]
+        if action.dest in NOT_EMPTY.split():
+            takes = []
+        options = {key: value for key, value in options.items() if value is not None}
+        flags.append([action.option_strings, takes, options])
     return json.loads(json.dumps(flags, default=str))
 
 
