@@ -4,6 +4,7 @@ SIGTERM and Ctrl-C save a checkpoint and exit with status 128 + signal; the same
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -112,22 +113,20 @@ def claim_output(args: GRPOConfig, config: dict) -> Iterator[Run]:
     in use, holds a run with other settings, or other files.
     """
     out = Path(args.output_dir)
-    run = first_process(lambda: claim(args, config))
     try:
+        run = first_process(lambda: claim(args, config))
         yield run
         if args.process_index == 0:
             write_json(out / "run.json", run.record | {"finished": True})
-            release(out)
     except Exception as error:  # safetensors and torch have kinds of their own
-        if args.process_index == 0 and not (out / "run.json").exists():
-            release(out)  # nothing was begun
-            raise
-        free = shutil.disk_usage(out).free / 1e6
+        free = shutil.disk_usage(out).free / 1e6 if out.is_dir() else math.inf
         if free > 1 and not DISK_FULL.search(str(error)):
             raise
         again = "make room, then run the same command: it resumes from the last checkpoint"
         print_error(f"error: disk full: {free:,.0f} MB are free in {out}; {again}")
         raise SystemExit(1) from error
+    finally:
+        release(out)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # nothing is left to resume
     wandb_run.close_run()
@@ -172,23 +171,25 @@ def choose_evaluation(out: Path, config: dict) -> Path:
 def lock(out: Path) -> None:
     """Hold the directory; UserError names the process that already does."""
     out.mkdir(parents=True, exist_ok=True)
-    HELD.append(FileLock(out / LOCK))
+    held = FileLock(out / LOCK)
     try:
-        HELD[-1].acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         who = (out / OWNER).read_text() if (out / OWNER).exists() else "another process"
         other = "wait until it ends, or choose another --output_dir"
         raise UserError(f"{out} is in use by {who}: {other}") from None
+    HELD.append(held)
     (out / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
 
 def release(out: Path) -> None:
-    """Unlock the directory and leave no trace of the lock, nor an empty directory."""
-    HELD.pop().release()
-    (out / OWNER).unlink(missing_ok=True)
-    (out / LOCK).unlink(missing_ok=True)
-    with suppress(OSError):  # it holds something else
-        out.rmdir()
+    """Unlock the directory if it is held; leave no trace of the lock, nor an empty directory."""
+    if HELD:
+        HELD.pop().release()
+        (out / OWNER).unlink(missing_ok=True)
+        (out / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something else
+            out.rmdir()
 
 
 def move_aside(out: Path) -> None:
@@ -207,14 +208,13 @@ def is_left_over(file: Path) -> bool:
 
 
 def refuse(out: Path, why: str) -> None:
-    """Unlock the directory and raise the UserError that says why it cannot be used."""
-    release(out)
+    """Raise the UserError that says why the directory cannot be used."""
     other = "choose another --output_dir, or --overwrite_output to move it aside"
     raise UserError(f"{out} {why}: {other}")
 
 
 def read_record(out: Path, overwrite: bool) -> dict:
-    """Return what `run.json` holds, empty if there is none."""
+    """Return what `run.json` holds, empty if there is none, or if it is damaged and overwritten."""
     try:
         record = json.loads((out / "run.json").read_text())
         if record["finished"] in (True, False) and record["wandb_id"] and {**record["settings"]}:
@@ -232,30 +232,32 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
     Exits with status 0 if the run is finished. UserError if the settings of this start, `new`,
     are others.
     """
-    old = record["settings"]
-    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    changed = {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in names}
-    for name in changed:
-        if name in ("data", "rewards.py") or name.startswith("model file "):
-            changed[name] = f"{name} has changed"
+    old, finished = record["settings"], record["finished"]
+    changed = {}
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            of_file = name in ("data", "rewards.py") or name.startswith("model file ")
+            how = "has changed" if of_file else f"{old.get(name)} -> {new.get(name)}"
+            changed[name] = f"{name} {how}"
     rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
-    if changed.keys() == {"rewards.py"} and not record["finished"] and is_trained(out):
+    checkpoint = None if finished else newest_checkpoint(out)
+    if checkpoint and changed.keys() == {"rewards.py"} and is_last(checkpoint):
         changed = {}
         print_error("warning: rewards.py has changed; training is done, answers are scored anew")
-    if record["finished"] and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
-        release(out)
+    if finished and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
         further = shlex.join(["--model_name_or_path", str(out), "--output_dir", f"{out}-2"])
-        raise UserError(
-            f"{out} is finished; to train its model further, with steps from 0, add: {further}"
-        )
+        what = f"{out} is finished; to train its model further, with steps from 0, add"
+        raise UserError(f"{what}: {further}")
     if changed:
         refuse(out, f"is a run with other settings ({'; '.join(changed.values())})")
-    if record["finished"]:
+    if finished:
         print_once(f"{out} is finished, nothing to do; --overwrite_output starts again")
         raise SystemExit(0)
     if rounding:
         print_error(f"warning: {'; '.join(rounding)}: results will differ by rounding")
-    return newest_checkpoint(out)
+    if checkpoint:
+        print_once(f"resuming from {checkpoint}")
+    return checkpoint
 
 
 def newest_checkpoint(out: Path) -> str | None:
@@ -265,7 +267,6 @@ def newest_checkpoint(out: Path) -> str | None:
     for step in steps:
         folder = out / f"checkpoint-{step}"
         if is_complete(folder):
-            print_once(f"resuming from {folder}")
             return str(folder)
         print_error(f"warning: {folder} is incomplete or damaged: passed over")
     if steps:
@@ -277,17 +278,15 @@ def is_complete(folder: Path) -> bool:
     """Return whether all files of a checkpoint are there, and as long as when they were saved."""
     try:
         sizes = json.loads((folder / SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-    files = {folder / name: size for name, size in sizes.items()}
-    return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
-def is_trained(out: Path) -> bool:
-    """Return whether there is a complete checkpoint of the last step."""
-    folders = filter(is_complete, out.glob("checkpoint-*"))
-    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in folders]
-    return any(state["global_step"] >= state["max_steps"] for state in states)
+def is_last(checkpoint: str) -> bool:
+    """Return whether a checkpoint is that of the last step."""
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
 
 
 class StopAndResume(TrainerCallback):
