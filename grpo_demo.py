@@ -47,7 +47,14 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":  # else a traceback would name one package after the other
+    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
+    if missing := [name for name in packages if not find_spec(name)]:
+        print(f"error: no {', '.join(missing)}: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
 
 from assets import settings
 

@@ -247,6 +247,8 @@ def try_rewards(reward_funcs: list[Callable]) -> None:
 
     Rewards may compare completions, so an example is tried alone only to name the one that fails.
     """
+    if not reward_funcs:
+        raise ValueError("REWARD_FUNCS is empty")
     names = [name_of(reward) for reward in reward_funcs]
     for reward, name in zip(reward_funcs, names, strict=True):
         if names.count(name) > 1:

@@ -3,6 +3,7 @@
 SIGTERM and Ctrl-C save a checkpoint and exit with status 128 + signal; the same command resumes.
 """
 
+import ast
 import json
 import math
 import os
@@ -87,7 +88,8 @@ def describe(args: GRPOConfig, model_args: ModelConfig, prompt: str, *data: Data
         config["held-out batch"] = args.per_device_eval_batch_size
     texts = [repr(rows and rows.to_dict()) for rows in data]
     config["data"] = [sha256(text.encode()).hexdigest()[:12] for text in texts]
-    config["rewards.py"] = fingerprint(Path(rewards.__file__))
+    code = ast.unparse(ast.parse(Path(rewards.__file__).read_text()))  # without comments
+    config["rewards.py"] = sha256(code.encode()).hexdigest()[:12]
     for file in sorted(Path(model_args.model_name_or_path).glob("*.*")):
         if file.suffix in (".safetensors", ".json", ".jinja"):
             config[f"model file {file.name}"] = fingerprint(file)

@@ -196,6 +196,13 @@ def check_values(values: dict[str, object]) -> None:
     for name in NOT_EMPTY.split():
         if not values[name]:
             raise UserError(f"--{name} is empty")
+    micro, group = values["per_device_train_batch_size"], values["num_generations"]
+    batches = values["steps_per_generation"] or values["gradient_accumulation_steps"]
+    rows = micro * batches * int(os.environ.get("WORLD_SIZE", 1))
+    if rows % group and not values["generation_batch_size"]:
+        what = f"{rows} completions a step ({micro} x {batches} x processes)"
+        flags = "--per_device_train_batch_size, --gradient_accumulation_steps or --num_generations"
+        raise UserError(f"{what} are no whole groups of {group}: change {flags}")
 
 
 def check_gpu(args: GRPOConfig) -> None:

@@ -578,6 +578,11 @@ def test_two_rewards_of_one_name():
     try_rewards([one, other])
 
 
+def test_no_reward_at_all():
+    with pytest.raises(ValueError, match="REWARD_FUNCS is empty"):
+        try_rewards([])
+
+
 # --- logging accuracy
 
 

@@ -147,7 +147,9 @@ def test_flags_over_yaml_over_constants(tmp_path, monkeypatch):
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such YAML file"),
         (["--config", "assets"], "assets: there is no such YAML file"),
         ([*LAPTOP, "--config=nowhere.yaml"], "nowhere.yaml: there is no such YAML file"),
-        (["--gradient_accumulation_steps", "1"], "num_generations"),
+        (["--gradient_accumulation_steps", "1"], "1 completions a step .* groups of 16"),
+        (["--num_generations", "48"], "64 completions a step .* groups of 48"),
+        (["--generation_batch_size", "24"], "num_generations"),
         (["--trust_remote_code"], "trust_remote_code"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint"),
         (["--push_to_hub"], "hf upload"),
@@ -396,7 +398,7 @@ WRONG = """
 
 SAID = {  # by libraries, in other words than the flag
     "--num_generations 1": "at least 2 generations",
-    "--per_device_train_batch_size 4": "generation_batch_size (4)",
+    "--per_device_train_batch_size 4": "4 completions a step",
     "--attn_implementation flash_attention_2": "FlashAttention2",
     "--load_in_4bit --load_in_8bit": "8 bit and 4 bit",
     "--load_in_4bit": "bitsandbytes",
