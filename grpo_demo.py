@@ -232,7 +232,9 @@ def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]
 def is_local(name: str) -> bool:
     """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
     parent = os.path.dirname(name)
-    return os.path.exists(name) or "/" in parent or os.path.isdir(parent) or ".json" in name
+    places = ("", os.path.dirname(__file__))  # the script may be started in another folder
+    found = any(os.path.exists(os.path.join(place, name)) for place in places)
+    return found or "/" in parent or os.path.isdir(parent) or ".json" in name
 
 
 def parse_row(line: str | dict) -> dict[str, str]:

@@ -121,7 +121,7 @@ def claim_output(args: GRPOConfig, config: dict) -> Iterator[Run]:
         if args.process_index == 0:
             write_json(out / "run.json", run.record | {"finished": True})
     except Exception as error:  # safetensors and torch have kinds of their own
-        free = shutil.disk_usage(out).free / 1e6 if out.is_dir() else math.inf
+        free = shutil.disk_usage(out).free / 1e6 if os.path.isdir(out) else math.inf
         if free > 1 and not DISK_FULL.search(str(error)):
             raise
         again = "make room, then run the same command: it resumes from the last checkpoint"

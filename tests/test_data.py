@@ -119,6 +119,13 @@ def test_a_missing_split_is_an_error(tmp_path):
         load_questions(args, "test")
 
 
+def test_a_path_of_the_project_from_another_folder_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert grpo_demo.is_local("assets/tiny") and not grpo_demo.is_local("openai/gsm8k")
+    with pytest.raises(FileNotFoundError, match=r"looked for train\.jsonl"):
+        grpo_demo.get_gsm8k_questions("train", "assets/tiny")
+
+
 @pytest.mark.parametrize("test", [None, "", "not json"], ids=["missing", "empty", "unusable"])
 def test_no_test_split_is_an_error_before_any_work(tmp_path, monkeypatch, capsys, test):
     monkeypatch.setenv("COLUMNS", "160")
