@@ -43,20 +43,11 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-
-if __name__ == "__main__":  # else a traceback would name one package after the other
-    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
-    if missing := [name for name in packages if not find_spec(name)]:
-        print(f"error: no {', '.join(missing)}: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(2)
-
-from assets import settings
 
 # Model and data
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
@@ -146,9 +137,15 @@ XML_COT_FORMAT = """\
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
-if __name__ == "__main__":  # --help and wrong settings: an answer before the packages load
+if __name__ == "__main__":  # --help and what is missing or wrong: before the packages load
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they load: no traceback
-    settings.look_first(globals())
+    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
+    if missing := [name for name in packages if not find_spec(name)]:  # all, not one by one
+        print(f"error: no {', '.join(missing)}: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
+    from assets.settings import look_first
+
+    look_first(globals())
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
 
@@ -158,12 +155,13 @@ from datasets import Dataset, load_dataset, load_from_disk
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.hf_argparser import HfArgumentParser
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 import rewards
-from assets import resume, terminal, wandb_run
+from assets import resume, settings, terminal, wandb_run
 from assets.common import UserError, as_user_error, first_process, print_error, print_once
 from assets.evaluate import Evaluation, watch_ends, write_card
 
@@ -183,9 +181,7 @@ class DemoConfig(GRPOConfig):
     max_prompt_length: int = setting(MAX_PROMPT_LENGTH, "Report prompts with more tokens.")
     evaluate: bool = setting(EVALUATE, "Measure test accuracy before and after training.")
     eval_samples: int = setting(EVAL_SAMPLES, "Number of test questions; 0: all.")
-    eval_generations: int = setting(
-        EVAL_GENERATIONS, "Sample this many answers to each test question too, for pass@k; 0: none."
-    )
+    eval_generations: int = setting(EVAL_GENERATIONS, "Samples per question for pass@k; 0: none.")
     eval_only: bool = setting(False, "Only measure the test accuracy of a model; do not train.")
     estimate_memory: bool = setting(False, "Only print how much GPU memory a step takes.")
     print_steps: int = setting(PRINT_STEPS, "Show a sample every so many steps; 0: never.")
@@ -211,30 +207,23 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
     values = settings.read(sys.argv[1:] if argv is None else argv, globals())
-    own, of_model = (
-        {field.name: values[field.name] for field in fields(config) if field.name in values}
-        for config in (DemoConfig, ModelConfig)
-    )
     with as_user_error("settings", TypeError):
-        return DemoConfig(**own), ModelConfig(**of_model)
+        return HfArgumentParser((DemoConfig, ModelConfig)).parse_dict(values, allow_extra_keys=True)
 
 
 def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]]:
     """Return the messages: system prompt, the gist's example if `one_shot`, the question."""
-    messages = [("system", SYSTEM_PROMPT)]
-    if one_shot:
-        example = XML_COT_FORMAT.format(reasoning=ONE_SHOT_REASONING, answer="7")
-        messages += [("user", ONE_SHOT_QUESTION), ("assistant", example)]
-    messages += [("user", question)]
+    answer = XML_COT_FORMAT.format(reasoning=ONE_SHOT_REASONING, answer="7")
+    example = [("user", ONE_SHOT_QUESTION), ("assistant", answer)] if one_shot else []
+    messages = [("system", SYSTEM_PROMPT), *example, ("user", question)]
     return [{"role": role, "content": content} for role, content in messages]
 
 
 def is_local(name: str) -> bool:
     """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
     parent = os.path.dirname(name)
-    places = ("", os.path.dirname(__file__))  # the script may be started in another folder
-    found = any(os.path.exists(os.path.join(place, name)) for place in places)
-    return found or "/" in parent or os.path.isdir(parent) or ".json" in name
+    here = os.path.join(os.path.dirname(__file__), name)  # the script may be started elsewhere
+    return any(map(os.path.exists, (name, here, parent))) or "/" in parent or ".json" in name
 
 
 def parse_row(line: str | dict) -> dict[str, str]:
@@ -403,8 +392,7 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     evaluation = build_evaluation(args, model_args)
     trainer = prepare_trainer(args, model_args, evaluation.rows)
     config = resume.describe(args, model_args, SYSTEM_PROMPT, evaluation.rows)
-    out = Path(args.output_dir)
-    evaluation.out = first_process(lambda: resume.choose_evaluation(out, config))
+    evaluation.out = first_process(lambda: resume.choose_evaluation(evaluation.out, config))
     terminal.print_banner(trainer)
     evaluation.evaluate(trainer, "zero_shot", one_shot=False)
     evaluation.evaluate(trainer, "one_shot", one_shot=True)
@@ -423,39 +411,38 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
     held_out = evaluation and evaluation.rows
     config = resume.describe(args, model_args, SYSTEM_PROMPT, rows, held_out)
-    with resume.claim_output(args, config) as run:
+    with resume.claim_output(args, config) as (record, checkpoint):
         trainer = prepare_trainer(args, model_args, rows, held_out)
-        trainer.create_model_card = lambda **_: write_card(args, model_args.model_name_or_path)
-        trainer.add_callback(terminal.Progress(trainer, args.print_steps))
+        trainer.create_model_card = lambda **_: None  # TRL's; `write_card` writes ours
+        trainer.add_callback(terminal.Progress(trainer))
         trainer.add_callback(terminal.Health())
-        trainer.add_callback(resume.StopAndResume(trainer, run))
+        trainer.add_callback(resume.StopAndResume(trainer, record, checkpoint))
         terminal.print_banner(trainer)
-        wandb_run.open_run(args, config, run.record["wandb_id"], wandb_mode)
+        wandb_run.open_run(args, config, record["wandb_id"], wandb_mode)
         if evaluation:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
         else:
             watch_ends(trainer)
         with suppress(resume.AtLastStep):  # it was stopped after its last step
-            trainer.train(resume_from_checkpoint=run.checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if evaluation:
             after = "after_one_shot" if args.one_shot else "after_zero_shot"
             evaluation.evaluate(trainer, after, one_shot=args.one_shot)
-            evaluation.report()
-        trainer.create_model_card()
+        result = evaluation.report() if evaluation else None
+        write_card(args, model_args.model_name_or_path, result)
     print_once(terminal.TALK.format(args.output_dir))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit status 0 when done, 2 with one line for an error to fix."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers, about names that TRL uses
     tied = "lm_head.weight"  # not in a checkpoint if tied: transformers warns when a run resumes
     logging.getLogger("transformers.trainer").addFilter(lambda r: tied not in r.getMessage())
     disable_progress_bar()  # of loading weights
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack a character of a completion
+        stream.reconfigure(errors="replace", line_buffering=True)  # it may lack a character
     try:
         args, model_args = parse_args(argv)
         if args.estimate_memory:

@@ -56,9 +56,8 @@ def extract_hash_answer(text: str) -> str | None:
 def count_xml(text: str) -> float:
     """Return the gist's partial credit: 0.125 per tag, minus a penalty for text after the end.
 
-    Each character after the end costs 0.002: two splits charge 0.001 each. The first splits on
-    `\\n</answer>\\n`. Without the final newline it returns the whole text, so its full length is
-    penalized.
+    Each character after the end costs 0.002: two splits charge 0.001 each. Without the final
+    newline the first one returns the whole text, so its full length is penalized.
     """
     count = 0.0
     if text.count("<reasoning>\n") == 1:
@@ -129,9 +128,7 @@ def as_number(text: str) -> Fraction | None:
     match = NUMBER.fullmatch(plain(text.strip())) if len(text) <= 50 else None
     if not match or match["power"] or not int(match["bottom"] or 1):
         return None
-    value = Fraction(re.sub("[ ,']", "", match["top"]))
-    if match["bottom"]:
-        value /= int(match["bottom"])
+    value = Fraction(re.sub("[ ,']", "", match["top"])) / int(match["bottom"] or 1)
     if match["whole"] and value < 1:  # in `10 20/5` the 10 is another number
         value += int(re.sub("[ ,']", "", match["whole"]))
     return -value if "-" in match["sign"] else value
@@ -234,10 +231,9 @@ def fault(reward: Callable, texts: list[str]) -> str:
         got = call_reward(reward, texts)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if not hasattr(got, "__getitem__") or isinstance(got, (str, dict)):
-        return f"returned {got!r:.60}, not a list"
-    if len(got) != len(texts):
-        return f"returned {len(got)} rewards for {len(texts)} completions"
+    is_list = hasattr(got, "__getitem__") and not isinstance(got, (str, dict))
+    if not is_list or len(got) != len(texts):
+        return f"returned {got!r:.60}, not a list of {len(texts)} rewards"
     wrong = [value for value in got if value is not None and not hasattr(value, "__float__")]
     return f"returned {wrong[0]!r:.60}, not a number" if wrong else ""
 
@@ -253,8 +249,7 @@ def try_rewards(reward_funcs: list[Callable]) -> None:
     for reward, name in zip(reward_funcs, names, strict=True):
         if names.count(name) > 1:
             raise ValueError(f"two rewards are named {name}: give them different names")
-        wrong = fault(reward, [text for _, text, _ in EXAMPLES])
-        if wrong:
+        if wrong := fault(reward, [text for _, text, _ in EXAMPLES]):
             alone = [(title, fault(reward, [text])) for title, text, _ in EXAMPLES]
             failed = [f"example {title!r}: {found}" for title, found in alone if found]
             message = f"reward {name}, {[*failed, f'all examples together: {wrong}'][0]}"

@@ -27,15 +27,13 @@ def as_user_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
 def print_once(message: str = "") -> None:
     """Print a line on stdout, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(message, flush=True)
+        tqdm.write(message)
 
 
 def print_error(message: str) -> None:
     """Print an error or a warning on stderr, on the first process of each machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with tqdm.external_write_mode(file=sys.stderr):
-            print(message, file=sys.stderr, flush=True)
+        tqdm.write(message, file=sys.stderr)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -47,8 +45,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def first_process(decide: Callable[[], Any]) -> Any:
     """Call `decide` on the first process; return its result, or raise its error, on all."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    from accelerate import PartialState, utils
 
     result, error = None, None
     if PartialState().is_main_process:
@@ -58,7 +55,7 @@ def first_process(decide: Callable[[], Any]) -> Any:
             error = stop
         except Exception as failure:  # of any kind: not all of them can be sent
             error = UserError(str(failure))
-    result, error = broadcast_object_list([result, error])
+    result, error = utils.broadcast_object_list([result, error])
     if error:
         raise error
     return result

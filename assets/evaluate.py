@@ -1,13 +1,11 @@
 """Evaluate a model on the test questions: generate, score, keep, report; and the model card."""
 
-import json
 import os
 import shlex
 import sys
 import textwrap
 import time
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 
 import pandas as pd
@@ -27,8 +25,6 @@ from assets.common import first_process, print_error, print_once, write_json
 from assets.verdict import Answer
 from rewards import score
 
-GIST = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
-
 
 def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = True) -> list[dict]:
     """Generate for a batch of prompts, with the trainer's own backend and precision.
@@ -40,7 +36,7 @@ def generate(trainer: GRPOTrainer, prompts: list[list[dict]], greedy: bool = Tru
     the token that ends the text), `truncated` (no end within the limit), `stray` (`cut_at_end`).
     """
     tokenizer, accelerator, answers = trainer.processing_class, trainer.accelerator, []
-    backend = generate_with_vllm if trainer.use_vllm else generate_with_transformers
+    backend = run_vllm if trainer.use_vllm else run_transformers
     extra = -len(prompts) % accelerator.num_processes
     trainer.model.eval()
     with accelerator.split_between_processes([*prompts, *prompts[:1] * extra]) as shard:
@@ -82,58 +78,43 @@ def watch_ends(trainer: GRPOTrainer) -> None:
     """Let the trainer's last reward look at the completions of the first step for strays."""
     reward = trainer.reward_funcs[-1]
 
-    @wraps(reward)
-    def watched(*, completion_ids: list[list[int]], **kwargs) -> list[float]:
+    def watched(completion_ids: list[list[int]], **kwargs) -> list[float]:
         trainer.reward_funcs[-1] = reward  # not again
         warn_of_strays([cut_at_end(trainer, ids)[2] for ids in completion_ids])
-        return reward(completion_ids=completion_ids, **kwargs)
+        return reward(**kwargs)
 
     trainer.reward_funcs[-1] = watched
 
 
-def generate_with_transformers(
-    trainer: GRPOTrainer, ids: list[list[int]], greedy: bool
-) -> list[list[int]]:
+def run_transformers(trainer: GRPOTrainer, ids: list[list[int]], greedy: bool) -> list[list[int]]:
     """Return the new tokens of each prompt; after the end there may be padding."""
-    options = dict(trainer.generation_kwargs)
+    tokenizer, config = trainer.processing_class, trainer.generation_config
     if greedy:  # without a user's generation_kwargs, which may sample
-        limits = ("max_new_tokens", "eos_token_id", "pad_token_id")
-        options = {name: options[name] for name in limits}
-        options["max_new_tokens"] = trainer.max_completion_length
-        options |= {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
-        options["repetition_penalty"] = 1.0
-    batch = trainer.processing_class.pad(
-        {"input_ids": ids}, padding_side="left", return_tensors="pt"
-    )
-    model, accelerator = trainer.model_wrapped, trainer.accelerator
-    with (
-        unwrap_model_for_generation(
-            model,
-            accelerator,
-            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-            generation_kwargs=options,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        ) as unwrapped,
-        torch.no_grad(),
-        accelerator.autocast(),  # as in training; the model is not wrapped before it
-        DistributedBackend(accelerator).summon_full_params(model, recurse=False),
-    ):
-        config = GenerationConfig(**options, disable_compile=True)
+        plain = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+        config = GenerationConfig(do_sample=False, disable_compile=True, **plain)
+        config.max_new_tokens = trainer.max_completion_length
+        config.eos_token_id = trainer.eos_token_ids
+        config.pad_token_id = tokenizer.pad_token_id
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    args, model, accelerator = trainer.args, trainer.model_wrapped, trainer.accelerator
+    more = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
+    whole = unwrap_model_for_generation(model, accelerator, args.ds3_gather_for_generation, **more)
+    shards = DistributedBackend(accelerator).summon_full_params(model, recurse=False)
+    # Autocast as in training: before it, the model is not wrapped
+    with whole as unwrapped, accelerator.autocast(), shards:
         made = unwrapped.generate(**batch.to(accelerator.device), generation_config=config)
     return made[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def generate_with_vllm(trainer: GRPOTrainer, ids: list[list[int]], greedy: bool) -> list[list[int]]:
+def run_vllm(trainer: GRPOTrainer, ids: list[list[int]], greedy: bool) -> list[list[int]]:
     """Return the new tokens of each prompt, from the trainer's engine with the present weights."""
     engine = trainer.vllm_generation
     options = engine.generation_kwargs
     if greedy:
         engine.generation_kwargs = {"temperature": 0.0, "repetition_penalty": 1.0}
-    try:
-        engine.sync_weights()
-        _, made, _, _ = engine.generate(prompts=ids, images=None, num_generations=1)
-    finally:
-        engine.generation_kwargs = options
+    engine.sync_weights()
+    _, made, _, _ = engine.generate(prompts=ids, images=None, num_generations=1)
+    engine.generation_kwargs = options
     return [list(tokens) for tokens in made]
 
 
@@ -153,7 +134,7 @@ class Evaluation:
 
         With `eval_generations` also pass@k: is one of k sampled answers right?
         """
-        answers = self.answers[name] = self.answer(trainer, name, one_shot)
+        answers = self.answers[name] = self.answer(trainer, name, one_shot, samples=0)
         if len(self.answers) == 1:
             warn_of_strays([answer.get("stray", "") for answer in answers])
         if n := self.args.eval_generations:
@@ -163,10 +144,8 @@ class Evaluation:
             self.passed[name] = pass_at_k.summarize_samples(sampled, n)
         return answers
 
-    def answer(
-        self, trainer: GRPOTrainer, name: str, one_shot: bool, samples: int = 0
-    ) -> list[Answer]:
-        """Generate and score a greedy answer to every question, or `samples` sampled ones.
+    def answer(self, trainer: GRPOTrainer, name: str, one_shot: bool, samples: int) -> list[Answer]:
+        """Generate and score `samples` sampled answers to every question; with 0, a greedy one.
 
         They are kept in `evaluation/<name>.parquet` after each batch, so a resumed run goes on from
         there. Sampling has random numbers of its own: training is the same with and without it.
@@ -189,8 +168,10 @@ class Evaluation:
             for (question, gold), row in zip(batch, made, strict=True):
                 scores = score(row["completion"], gold)
                 answers.append({"question": question, "gold": gold, **row, **scores})
-            if args.process_index == 0:
-                write_answers(path, answers)
+            if args.process_index == 0:  # with an atomic rename: never a partial file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pd.DataFrame(answers).to_parquet(path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
             bar.update(len(batch))
         bar.close()
         if len(answers) > kept:
@@ -202,22 +183,21 @@ class Evaluation:
         measured = {name: verdict.summarize(answers) for name, answers in self.answers.items()}
         result = {"settings": self.settings | {"decoding": "greedy"}, "measurements": measured}
         print_once()
-        for name, *cells in verdict.table(measured, "{:.1%} [{:.0%}, {:.0%}]"):
+        for name, *cells in verdict.table(measured, "{value:.1%} [{low:.0%}, {high:.0%}]"):
             print_once(f"{name:<17}" + "".join(f"{text:>20}" for text in cells))
+        if self.passed:
+            from assets import pass_at_k
+
+            result["pass"] = self.passed
+            print_once("\n".join(pass_at_k.table(self.passed)))
         if len(measured) == 3:
             before, control, after = self.answers.values()
             if "after_one_shot" in measured:
                 before, control = control, before
             result |= verdict.decide(before=before, control=control, after=after)
             result["sentences"] = verdict.explain(result, measured)
-        if self.passed:
-            from assets import pass_at_k
-
-            result["pass"] = self.passed
-            print_once("\n".join(pass_at_k.table(self.passed)))
-            if "verdict" in result:
+            if self.passed:
                 result["sentences"].append(pass_at_k.explain(self.passed))
-        if "verdict" in result:
             for text in (f"\nlearned: {result['verdict']}", *result["sentences"]):
                 print_once(textwrap.fill(text, 80, replace_whitespace=False))
         if self.args.process_index == 0:
@@ -243,15 +223,8 @@ def read_answers(path: Path, pairs: list[tuple[str, str]]) -> list[Answer]:
     return answers if kept == pairs[: len(kept)] else []
 
 
-def write_answers(path: Path, answers: list[Answer]) -> None:
-    """Write answers with an atomic rename: never a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(answers).to_parquet(path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
-def write_card(args: GRPOConfig, model_name: str) -> None:
-    """Write the model card, README.md: model, data, command, and the evaluation if there is one."""
+def write_card(args: GRPOConfig, model_name: str, result: dict | None) -> None:
+    """Write the model card, README.md: model, data, command, and `report`'s result if any."""
     if args.process_index:
         return
     on_hub = {"base_model": model_name, "datasets": args.dataset_name}
@@ -259,12 +232,12 @@ def write_card(args: GRPOConfig, model_name: str) -> None:
     out, command = Path(args.output_dir), shlex.join(["python", "grpo_demo.py", *sys.argv[1:]])
     library = "peft" if (out / "adapter_config.json").exists() else "transformers"
     data = ModelCardData(**on_hub, library_name=library, tags=["trl", "grpo"])
+    gist = "[gist](https://gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb)"
     text = f"The model `{model_name}`, trained with GRPO on the data `{args.dataset_name}`:"
     lines = [f"---\n{data.to_yaml()}\n---", f"# {out.name}", text, f"    {command}"]
-    lines += [f"The script is willccbb's {GIST}, updated to TRL {trl.__version__}."]
-    if (out / "evaluation.json").exists():
-        result = json.loads((out / "evaluation.json").read_text())
-        header, *rows = verdict.table(result["measurements"], "{:.1%} [{:.1%}, {:.1%}]")
+    lines += [f"The script is willccbb's {gist}, updated to TRL {trl.__version__}."]
+    if result:
+        header, *rows = verdict.table(result["measurements"], "{value:.1%} [{low:.1%}, {high:.1%}]")
         rows = [header, ["---"] * len(header), *rows]
         lines += ["\n".join(f"| {' | '.join(row)} |" for row in rows)]
         lines += ["Test questions, greedy answers; in brackets 95% intervals."]

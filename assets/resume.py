@@ -14,7 +14,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
 from hashlib import sha256
@@ -23,12 +22,11 @@ from pathlib import Path
 from secrets import token_hex
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, wait_for_everyone
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 import rewards
@@ -47,16 +45,9 @@ FREE_SETTINGS = """
 # These may differ too, with a warning: they change rounding, and what dropout leaves out
 ROUNDING = "per_device_train_batch_size gradient_checkpointing device torch transformers trl"
 DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
+LEFT_OVER = re.compile(r"eval-|(run\.part|\.lock|\.owner)$")  # by the script, before any run began
 LOCK, OWNER, SIZES = ".lock", ".owner", "sizes.json"
 HELD = []  # locks, until the process ends, however it ends
-
-
-@dataclass
-class Run:
-    """A claimed output directory."""
-
-    record: dict  # what `run.json` holds: settings, W&B's id, whether the run is finished
-    checkpoint: str | None = None  # the folder to resume from; None: train from the first step
 
 
 class AtLastStep(Exception):
@@ -108,24 +99,23 @@ def fingerprint(file: Path) -> str:
 
 
 @contextmanager
-def claim_output(args: GRPOConfig, config: dict) -> Iterator[Run]:
-    """Claim `args.output_dir` and yield its `Run`; at the end mark it as finished and close W&B.
+def claim_output(args: GRPOConfig, config: dict) -> Iterator[tuple[dict, str | None]]:
+    """Claim `args.output_dir`, yield what `claim` returns; at the end mark the run as finished.
 
     Exits with status 0 if the run is finished, 1 if the disk is full. UserError if the directory is
     in use, holds a run with other settings, or other files.
     """
     out = Path(args.output_dir)
     try:
-        run = first_process(lambda: claim(args, config))
-        yield run
+        record, checkpoint = first_process(lambda: claim(args, config))
+        yield record, checkpoint
         if args.process_index == 0:
-            write_json(out / "run.json", run.record | {"finished": True})
+            write_json(out / "run.json", record | {"finished": True})
     except Exception as error:  # safetensors and torch have kinds of their own
         free = shutil.disk_usage(out).free / 1e6 if os.path.isdir(out) else math.inf
         if free > 1 and not DISK_FULL.search(str(error)):
             raise
-        again = "make room, then run the same command: it resumes from the last checkpoint"
-        print_error(f"error: disk full: {free:,.0f} MB are free in {out}; {again}")
+        print_error(f"error: disk full: {free:,.0f} MB are free in {out}; make room, run it again")
         raise SystemExit(1) from error
     finally:
         release(out)
@@ -140,8 +130,11 @@ def settings_to_compare(config: dict) -> dict[str, str]:
     return {name: str(value) for name, value in config.items() if name not in free}
 
 
-def claim(args: GRPOConfig, config: dict) -> Run:
-    """Lock `args.output_dir`; return a new run or a resumable one, refuse what is unrelated."""
+def claim(args: GRPOConfig, config: dict) -> tuple[dict, str | None]:
+    """Lock `args.output_dir`; return a new run or a resumable one, refuse what is unrelated.
+
+    A run is its record, which `run.json` holds, and the checkpoint to resume from, if any.
+    """
     out = Path(args.output_dir)
     lock(out)
     new = {"settings": settings_to_compare(config), "wandb_id": token_hex(4), "finished": False}
@@ -152,10 +145,10 @@ def claim(args: GRPOConfig, config: dict) -> Run:
     if args.overwrite_output and not same_command:
         move_aside(out)
     elif old:
-        return Run(old, resume_or_refuse(out, new["settings"], old))
-    elif any(not is_left_over(file.relative_to(out)) for file in out.rglob("*") if file.is_file()):
+        return old, resume_or_refuse(out, new["settings"], old)
+    elif any(f.is_file() and not LEFT_OVER.match(str(f.relative_to(out))) for f in out.rglob("*")):
         refuse(out, "holds other files")
-    return Run(new)
+    return new, None
 
 
 def choose_evaluation(out: Path, config: dict) -> Path:
@@ -178,8 +171,7 @@ def lock(out: Path) -> None:
         held.acquire(timeout=0)
     except Timeout:
         who = (out / OWNER).read_text() if (out / OWNER).exists() else "another process"
-        other = "wait until it ends, or choose another --output_dir"
-        raise UserError(f"{out} is in use by {who}: {other}") from None
+        raise UserError(f"{out} is in use by {who}: choose another --output_dir, or wait") from None
     HELD.append(held)
     (out / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
@@ -204,28 +196,19 @@ def move_aside(out: Path) -> None:
         lock(out)
 
 
-def is_left_over(file: Path) -> bool:
-    """Return whether the script itself may have left this file before any run began there."""
-    return file.parts[0].startswith("eval-") or file.name in ("run.part", LOCK, OWNER)
-
-
 def refuse(out: Path, why: str) -> None:
     """Raise the UserError that says why the directory cannot be used."""
-    other = "choose another --output_dir, or --overwrite_output to move it aside"
-    raise UserError(f"{out} {why}: {other}")
+    raise UserError(f"{out} {why}: choose another --output_dir; --overwrite_output moves it aside")
 
 
 def read_record(out: Path, overwrite: bool) -> dict:
     """Return what `run.json` holds, empty if there is none, or if it is damaged and overwritten."""
-    try:
-        record = json.loads((out / "run.json").read_text())
+    file = out / "run.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(file.read_text())
         if record["finished"] in (True, False) and record["wandb_id"] and {**record["settings"]}:
             return record
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {} if overwrite else refuse(out, "has a damaged run.json")
+    return refuse(out, "has a damaged run.json") if file.exists() and not overwrite else {}
 
 
 def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
@@ -243,13 +226,14 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
             changed[name] = f"{name} {how}"
     rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
     checkpoint = None if finished else newest_checkpoint(out)
-    if checkpoint and changed.keys() == {"rewards.py"} and is_last(checkpoint):
-        changed = {}
-        print_error("warning: rewards.py has changed; training is done, answers are scored anew")
+    if checkpoint and changed.keys() == {"rewards.py"}:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= state.max_steps:
+            changed = {}
+            print_error("warning: rewards.py has changed, after training: answers are scored anew")
     if finished and changed and changed.keys() <= {"max_steps", "num_train_epochs"}:
         further = shlex.join(["--model_name_or_path", str(out), "--output_dir", f"{out}-2"])
-        what = f"{out} is finished; to train its model further, with steps from 0, add"
-        raise UserError(f"{what}: {further}")
+        raise UserError(f"{out} is finished; to train it further, from step 0, add: {further}")
     if changed:
         refuse(out, f"is a run with other settings ({'; '.join(changed.values())})")
     if finished:
@@ -264,48 +248,39 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
 
 def newest_checkpoint(out: Path) -> str | None:
     """Return the newest complete checkpoint, None if there is none."""
-    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in out.iterdir()]
-    steps = sorted((int(match[1]) for match in found if match), reverse=True)
-    for step in steps:
-        folder = out / f"checkpoint-{step}"
-        if is_complete(folder):
-            return str(folder)
+    folders = sort_checkpoints(out)
+    for folder in reversed(folders):
+        if is_complete(Path(folder)):
+            return folder
         print_error(f"warning: {folder} is incomplete or damaged: passed over")
-    if steps:
+    if folders:
         print_error("warning: no checkpoint is left: training starts again at step 1")
     return None
 
 
 def is_complete(folder: Path) -> bool:
     """Return whether all files of a checkpoint are there, and as long as when they were saved."""
-    try:
+    with suppress(OSError, ValueError):
         sizes = json.loads((folder / SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def is_last(checkpoint: str) -> bool:
-    """Return whether a checkpoint is that of the last step."""
-    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
-    return state["global_step"] >= state["max_steps"]
+    return False
 
 
 class StopAndResume(TrainerCallback):
     """Stops at a signal, saves where a run can resume, loads what transformers does not."""
 
-    def __init__(self, trainer: GRPOTrainer, run: Run):
+    def __init__(self, trainer: GRPOTrainer, record: dict, checkpoint: str | None):
         args = trainer.args
-        self.checkpoint, self.signal, self.training = run.checkpoint, 0, False
+        self.checkpoint, self.signal, self.training = checkpoint, 0, False
         self.reference = trainer.ref_model if args.sync_ref_model else None  # it moves
-        self.batch, self.save_is_due = 0, False
+        self.save_is_due = False
         self.limit, args.save_total_limit = args.save_total_limit, None  # see on_save
         # TRL keeps the completions that are used several times in memory only
         self.batches = args.steps_per_generation * args.num_iterations
         if args.save_steps * args.gradient_accumulation_steps % self.batches:
             print_once("checkpoints wait until all completions of a generation are used")
         if args.process_index == 0:
-            write_json(Path(args.output_dir, "run.json"), run.record)
+            write_json(Path(args.output_dir, "run.json"), record)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
@@ -325,24 +300,19 @@ class StopAndResume(TrainerCallback):
             return
         state.compute_steps(args, state.max_steps)  # as set now, not as in the checkpoint
         args.eval_on_start = False
-        batch_sampler = train_dataloader.batch_sampler
-        sampler = getattr(batch_sampler, "batch_sampler", batch_sampler).sampler
         for _ in range(int(state.epoch)):  # shuffle as often as the epochs before have done
-            next(iter(sampler))
+            next(iter(train_dataloader.batch_sampler))
         if "ref" in getattr(model, "peft_config", {}):
             model.load_adapter(self.checkpoint, "default", is_trainable=True)
             model.set_adapter("default")  # transformers loads only "ref"
         if self.reference is not None:
             self.reference.load_state_dict(torch.load(Path(self.checkpoint, "reference.pt")))
 
-    def on_substep_end(self, args, state, control, **kwargs):
-        self.batch += 1
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.batch += 1
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        batches = round(state.epoch * len(train_dataloader))  # used so far
         self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
         self.save_is_due = self.save_is_due or control.should_save or self.signal > 0
-        used_up = self.batch % self.batches == 0 or state.global_step >= state.max_steps
+        used_up = batches % self.batches == 0 or state.global_step >= state.max_steps
         control.should_save = self.save_is_due and used_up
         self.save_is_due = self.save_is_due and not used_up
         control.should_log |= control.should_save  # TRL has what is not logged in memory only
@@ -352,7 +322,7 @@ class StopAndResume(TrainerCallback):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.reference is not None and state.is_world_process_zero:
             torch.save(self.reference.state_dict(), folder / "reference.pt")
-        PartialState().wait_for_everyone()
+        wait_for_everyone()
         if state.is_world_process_zero:
             files = [file for file in folder.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}

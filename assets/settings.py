@@ -1,8 +1,7 @@
 """Settings: read constants, YAML and flags; refuse what would fail late, or never, in one line.
 
-This module loads no package, so that `--help` and a wrong value are answered at once. What the
-packages must check follows in `check_gpu` and `check_tools`; chat template, stop tokens and prompts
-are checked when the model is loaded. What libraries refuse clearly is left to them.
+`read` loads no package, so that `--help` and a wrong value are answered at once; the checks that
+need packages follow. What libraries refuse clearly is left to them.
 """
 
 from __future__ import annotations
@@ -43,9 +42,11 @@ NOT_SUPPORTED = {
     "remove_unused_columns": "the rewards need the answers",
     "use_liger_kernel": "TRL deprecates it",
 }
+NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
 RANGES = {  # what is said: what must hold, for which settings
+    "a name": (bool, NOT_EMPTY),
     "above 0": (
-        lambda x: x > 0,
+        lambda x: 0 < x < math.inf,
         "adam_epsilon generation_batch_size gradient_accumulation_steps logging_steps lora_alpha "
         "lora_r max_completion_length max_prompt_length num_generations num_iterations "
         "num_train_epochs per_device_eval_batch_size per_device_train_batch_size "
@@ -53,26 +54,25 @@ RANGES = {  # what is said: what must hold, for which settings
         "vllm_gpu_memory_utilization vllm_tensor_parallel_size",
     ),
     "0 or above": (
-        lambda x: x >= 0,
-        "beta epsilon eval_generations eval_samples learning_rate lora_dropout max_grad_norm min_p "
+        lambda x: 0 <= x < math.inf,
+        "beta epsilon eval_generations eval_samples learning_rate max_grad_norm "
         "num_completions_to_print print_steps seed top_k warmup_steps weight_decay",
     ),
-    "at most 1": (
-        lambda x: x <= 1,
+    "from 0 to 1": (
+        lambda x: 0 <= x <= 1,
         "adam_beta1 adam_beta2 lora_dropout min_p top_p vllm_gpu_memory_utilization",
     ),
     "-1 (all), or above 0": (lambda x: x == -1 or x > 0, "max_steps"),
+    "True": (bool, "dataloader_in_order"),  # else chance would order the questions
 }
 CHOICES = {  # which the libraries would refuse late
     "loss_type": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo",  # TRL 1.16
-    "scale_rewards": "group batch none True False",
+    "scale_rewards": "group batch none",
     "importance_sampling_level": "token sequence",
     "logging_strategy": "steps epoch",
     "save_strategy": "no steps epoch",  # the best would be that on the test questions
-    "dataloader_in_order": "True",  # else chance would order the questions
     "vllm_mode": "colocate server",
 }
-NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
 FIXED_OPTIONS = {  # of generation: which cannot be set there
     "--num_generations sets the group": "num_return_sequences n",
     "use --max_completion_length": "max_new_tokens max_length max_tokens",
@@ -80,10 +80,6 @@ FIXED_OPTIONS = {  # of generation: which cannot be set there
     "write it in generation_config.json in the model's folder": "eos_token_id",
     "TRL needs the tokens alone": "return_dict_in_generate",
 }
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults of all flags, and the description as it is."""
 
 
 def yes_or_no(text: str) -> bool:
@@ -100,12 +96,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, about: str):
         usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
-        super().__init__(usage=usage, description=about, formatter_class=Help, allow_abbrev=False)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage=usage, description=about, formatter_class=form, allow_abbrev=False)
         text = "Settings, in YAML; of several files, the last one wins."
         self.add_argument("--config", action="append", default=[], metavar="FILE", help=text)
         self.takes: dict[str, list[str]] = {}  # setting -> what it takes beside one value
         kinds = {"int": int, "float": float, "bool": yes_or_no, "str": str}
         for names, takes, options in json.loads(FLAGS.read_text()):
+            options["help"] += " (default: %(default)s)"
+            if options["dest"] in CHOICES:
+                options["choices"] = CHOICES[options["dest"]].split()
             if "type" in options:
                 options["type"] = kinds[options["type"]]
             action = self.add_argument(*names, **options)
@@ -181,21 +181,14 @@ def look_first(script: dict[str, object]) -> None:
 
 
 def check_values(values: dict[str, object]) -> None:
-    """Raise UserError for a setting that is not supported, out of range or no choice."""
+    """Raise UserError for a setting that is not supported or out of range."""
     for name, instead in NOT_SUPPORTED.items():
         if values[name]:
             raise UserError(f"--{name} is not supported: {instead}")
     for text, (holds, names) in RANGES.items():
         for name in names.split():
-            value = values[name]
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UserError(f"--{name} {value}: it must be {text}")
-    for name, choices in CHOICES.items():
-        if str(values[name]) not in choices.split():
-            raise UserError(f"--{name} {values[name]}: choose one of {choices}")
-    for name in NOT_EMPTY.split():
-        if not values[name]:
-            raise UserError(f"--{name} is empty")
+            if values[name] is not None and not holds(values[name]):
+                raise UserError(f"--{name} {values[name]!r}: it must be {text}")
     micro, group = values["per_device_train_batch_size"], values["num_generations"]
     batches = values["steps_per_generation"] or values["gradient_accumulation_steps"]
     rows = micro * batches * int(os.environ.get("WORLD_SIZE", 1))
@@ -210,14 +203,12 @@ def check_gpu(args: GRPOConfig) -> None:
     import torch
 
     if not args.use_cpu and not torch.cuda.is_available():
-        laptop = "python grpo_demo.py --config assets/tiny/config.yaml [your flags]"
-        raise UserError(f"no CUDA GPU found. On a laptop: {laptop}")
+        raise UserError("no CUDA GPU found: on a laptop add --config assets/tiny/config.yaml")
     gpus = 0 if args.use_cpu else torch.cuda.device_count()
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         n = 1 << gpus.bit_length() - 1  # the largest power of two: divides 64
         run = f"--num_processes {n} grpo_demo.py --gradient_accumulation_steps {64 // n}"
-        one = "CUDA_VISIBLE_DEVICES=0 python grpo_demo.py"
-        raise UserError(f"{gpus} GPUs, 1 process. Use {n}: accelerate launch {run}; or 1: {one}")
+        raise UserError(f"{gpus} GPUs: accelerate launch {run}; for one, CUDA_VISIBLE_DEVICES=0")
     if gpus and args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         flags = "--config assets/cards/16gb.yaml, or --bf16 False --fp16 True --dtype float32"
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16: add {flags}")
@@ -237,8 +228,7 @@ def check_tools(args: GRPOConfig) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     with as_user_error(f"--lr_scheduler_type {args.lr_scheduler_type}", TypeError):
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-        more = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, **more)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
     if missing := set(args.report_to) - set(get_available_reporting_integrations()):
         raise UserError(f"--report_to {' '.join(missing)}: not installed, or unknown")
     if args.accelerator_config.dispatch_batches:
@@ -257,15 +247,14 @@ def check_sampling(options: object, use_vllm: bool) -> None:
     what = f"--generation_kwargs {options}"
     if not isinstance(options, dict):
         raise UserError(f"{what}: write it as JSON, for example '{{\"temperature\": 0.9}}'")
-    known = {} if use_vllm else GenerationConfig().to_dict()
-    if not use_vllm and (unknown := options.keys() - known.keys()):
+    if not use_vllm and (unknown := options.keys() - GenerationConfig().to_dict().keys()):
         raise UserError(f"{what}: unknown: {', '.join(unknown)}")
     for instead, names in FIXED_OPTIONS.items():
         if fixed := options.keys() & set(names.split()):
             raise UserError(f"{what}: {min(fixed)} cannot be set here: {instead}")
     temperature = options.get("temperature", 1.0)
-    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise UserError(f"{what}: the temperature must be a number above 0")
+    if not isinstance(temperature, float) or not 0 < temperature < math.inf:
+        raise UserError(f"{what}: write the temperature as a number above 0, with a point")
 
 
 # Put before a chat template that knows no system role
@@ -314,7 +303,7 @@ def check_stops(args: GRPOConfig, model: PreTrainedModel, tokenizer: Tokenizer) 
     turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, **(args.chat_template_kwargs or {}))
     rest = text.rpartition("ANSWER")[2].strip()
-    ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    ids = tokenizer.get_added_vocab()
     end = max((token for token in ids if rest.startswith(token)), key=len, default=None)
     stops = model.generation_config.eos_token_id  # TRL stops there, and at the tokenizer's
     stops = [stops] if isinstance(stops, int) else list(stops or [])
@@ -322,15 +311,13 @@ def check_stops(args: GRPOConfig, model: PreTrainedModel, tokenizer: Tokenizer) 
         where = "write eos_token in tokenizer_config.json in the model's folder"
         if not (end or stops):
             raise UserError(f"no token stops generation: {where}")
-        tokenizer.eos_token = end or tokenizer.convert_ids_to_tokens(stops[0])
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.eos_token = tokenizer.pad_token = end or tokenizer.decode(stops[0])
         print_error(f"warning: no eos_token, {tokenizer.eos_token} is used: {where}")
-    stops = [tokenizer.eos_token_id, *stops]
+    stops = sorted({tokenizer.eos_token_id, *stops})
     if end and ids[end] not in stops:
-        names = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(set(stops)))))
-        cure = f'"eos_token_id": {[ids[end], *sorted(set(stops))]} in generation_config.json'
-        what = f"the chat template ends a turn with {end}, but generation stops only at {names}"
-        print_error(f"warning: {what}: write {cure} in the model's folder")
+        what = f"ends a turn with {end}, but generation stops only at {tokenizer.decode(stops)}"
+        cure = f'"eos_token_id": {[ids[end], *stops]} in generation_config.json'
+        print_error(f"warning: the chat template {what}: write {cure} in the model's folder")
     elif rest and not end:
         what = f"the chat template ends a turn with {rest!r}, which is no token"
         print_error(f"warning: {what}: use the model's own template")

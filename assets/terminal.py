@@ -4,9 +4,9 @@ A terminal has one line that is redrawn; a log file gets a short line now and th
 get the same samples, and both fit in 80 columns.
 """
 
+import io
 import math
 import sys
-import time
 from collections.abc import Callable
 from functools import wraps
 from inspect import iscoroutinefunction
@@ -29,14 +29,13 @@ from assets.common import print_error, print_once
 
 LONG = 600  # characters; the middle of a longer completion is not shown
 LINES = 20  # progress lines of a run in a log file
-FORMATS = ("soft", "strict")
+FORMATS = ["rewards/soft_format_reward_func/mean", "rewards/strict_format_reward_func/mean"]
 
 TALK = """
 talk to the model:
-python - <<'EOF'
-from transformers import logging, pipeline
+TRANSFORMERS_VERBOSITY=error python - <<'EOF'
+from transformers import pipeline
 from grpo_demo import make_prompt
-logging.set_verbosity_error()
 chat = pipeline("text-generation", "{}", max_new_tokens=256)
 q = "Mia has 14 pens and buys 23 more. How many pens does Mia have now?"
 print(chat(make_prompt(q))[0]["generated_text"][-1]["content"])
@@ -70,15 +69,12 @@ def print_banner(trainer: GRPOTrainer) -> None:
 
 def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
     """Return the first completion of the last step as a block: question, answer and rewards."""
-    logs, names = trainer._logs, {"simple_correctness": "correct"}
+    logs = trainer._logs
     text = logs["extra"]["text"][0]
     if len(text) > LONG:
         text = f"{text[: LONG // 2]}\n[... {len(text) - LONG} characters ...]\n{text[-LONG // 2 :]}"
-    earned = []
-    for name, values in logs["rewards"].items():
-        short = name.removesuffix("_reward_func")
-        if name != "lenient_accuracy":  # logged with weight 0
-            earned.append(f"{names.get(short, short)} {values[0]:.2f}")
+    rewards = list(logs["rewards"].items())[:-1]  # the last one has weight 0
+    earned = [f"{name.removesuffix('_reward_func')} {values[0]:.2f}" for name, values in rewards]
     answer = f"gold {logs['extra']['gold'][0]}, extracted {logs['extra']['extracted'][0][:60]}"
     rows = {
         "question": logs["extra"]["question"][0],
@@ -95,22 +91,20 @@ def draw_sample(trainer: GRPOTrainer, step: int) -> Panel:
 class Progress(TrainerCallback):
     """Shows the progress of training, in place of transformers' and TRL's own output."""
 
-    def __init__(self, trainer: GRPOTrainer, print_steps: int):
-        self.trainer, self.print_steps, self.bar = trainer, print_steps, None
-        for callback in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(callback)
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer, self.bar = trainer, None
+        trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            return
-        self.start, self.first = time.time(), state.global_step
-        hidden = args.disable_tqdm or not sys.stderr.isatty() or not state.is_world_process_zero
-        form = "{n_fmt}/{total_fmt} {remaining} left {desc}"
-        steps = {"total": state.max_steps, "initial": state.global_step}
-        self.bar = tqdm(**steps, bar_format=form, disable=hidden, dynamic_ncols=True, leave=True)
+        if self.bar is None:
+            self.drawn = sys.stderr.isatty() and not args.disable_tqdm and args.process_index == 0
+            file = sys.stderr if self.drawn else io.StringIO()
+            form = "{n_fmt}/{total_fmt} {remaining} left {desc}"
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.bar = tqdm(**steps, bar_format=form, file=file, dynamic_ncols=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" not in logs or not state.is_world_process_zero or self.bar is None:
+        if "reward" not in logs or not state.is_world_process_zero:
             return
         try:
             self.show(state.global_step, state.max_steps, logs)
@@ -119,47 +113,40 @@ class Progress(TrainerCallback):
 
     def show(self, step: int, last: int, logs: dict[str, float]) -> None:
         """Show the progress line, and now and then a sample."""
-        names = [f"rewards/{f}_format_reward_func/mean" for f in FORMATS]
         # 80 columns are few, of which tqdm takes 79: .49, not 0.49
-        small = [f"{logs.get(name) or 0:.2f}".removeprefix("0") for name in (*names, "kl")]
+        small = [f"{logs.get(name) or 0:.2f}".removeprefix("0") for name in (*FORMATS, "kl")]
         right = [f"{logs.get(f'accuracy/{kind}', 0.0):.0%}" for kind in ("lenient", "strict")]
         text = f"{logs.get('step_time') or 0:.1f}s reward {logs['reward']:.2f} "
         text += f"format {small[0]} {small[1]} right {' '.join(right)} "
         text += f"kl {small[2]} tok {logs['completions/mean_length']:.0f}"
-        if not self.bar.disable:
-            self.bar.set_description_str(text, refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif step in (1, last) or step % max(1, last // LINES) == 0:
-            seconds = (time.time() - self.start) / max(1, step - self.first)
-            left = tqdm.format_interval((last - step) * seconds)
-            print_once(f"{step}/{last} {left} left {text}")
-        if self.print_steps and (step == 1 or step % self.print_steps == 0):
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if not self.drawn and (step in (1, last) or step % max(1, last // LINES) == 0):
+            print_once(str(self.bar))
+        every = self.trainer.args.print_steps
+        if every and (step == 1 or step % every == 0):
             with tqdm.external_write_mode(file=sys.stdout):
                 Console().print(draw_sample(self.trainer, step))
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
 def watch_reward(function: Callable) -> Callable:
     """Return the reward function, with a warning when it first returns NaN or an infinity."""
-    name, warned = getattr(function, "__name__", ""), False
+    name, warned = getattr(function, "__name__", ""), []
     if not name or iscoroutinefunction(function):
         return function
 
     @wraps(function)
     def watched(*, completions: list, **kwargs) -> list[float | None]:
-        nonlocal warned
         values = function(completions=completions, **kwargs)
-        if not warned:
-            pairs = zip(completions, values, strict=False)  # TRL checks the length
-            bad = [c[0]["content"] for c, x in pairs if x is not None and not math.isfinite(x)]
-            if bad:
-                warned, first = True, bad[0][:200]
-                many = f"NaN or infinity for {len(bad)} of {len(values)} completions"
-                what = "NaN counts as 0, an infinity spoils the advantages of its group"
-                print_error(f"warning: {name} returned {many}: {what}. The first: {first!r}")
+        pairs = zip(completions, values, strict=False)  # TRL checks the length
+        bad = [c[0]["content"] for c, x in pairs if x is not None and not math.isfinite(x)]
+        if bad and not warned:
+            warned.append(name)
+            what = f"{name} returned NaN, which counts as 0, or infinity, which spoils its group"
+            print_error(f"warning: {what}, for {len(bad)} of {len(values)} texts: {bad[0][:200]!r}")
         return values
 
     return watched
@@ -174,51 +161,44 @@ class Health(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         trained = [p for p in model.parameters() if p.requires_grad]
-        broken = not math.isfinite(get_total_norm(trained))
-        self.broken = any(gather_object([broken]))  # all processes stop at the same step
-        control.should_log = control.should_log or self.broken  # `on_log` stops it
+        self.broken = any(gather_object([not math.isfinite(get_total_norm(trained))]))
+        control.should_log = control.should_log or self.broken  # `on_log` stops all processes
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs:
             return
-        formats = [logs.get(f"rewards/{f}_format_reward_func/mean", 1) for f in FORMATS]
-        self.formatted = self.formatted or any(formats)
+        step = state.global_step
+        soft, strict = (logs.get(name) for name in FORMATS)
+        self.formatted = self.formatted or soft != 0 or strict != 0  # None: other rewards
         # TRL's share misses equal rewards whose float32 mean is rounded: their std is 1e-7
         flat = logs.get("frac_reward_zero_std") == 1 or logs.get("reward_std", 1) < 1e-6
         self.flat_steps = self.flat_steps + 1 if flat else 0
-        skipped = not math.isfinite(logs.get("grad_norm", 0.0))  # fp16: GradScaler lowers its scale
-        self.skipped = self.skipped + 1 if skipped else 0
-        finite = math.isfinite(logs.get("loss", 0.0)) and self.skipped <= (20 if args.fp16 else 0)
-        self.broken = self.broken or not finite
-        cut_off = (logs.get("completions/clipped_ratio") or 0) > 0.5
-        cure = "raise --max_completion_length, unless they go on after their answer"
-        soft = logs.get("rewards/soft_format_reward_func/mean", 0)
-        if soft > 0.25:  # most are in the format too, so some go on after </answer>
-            cure = "some go on after </answer>: is the model's end token in eos_token_id, "
-            cure += "in generation_config.json in its folder?"
-        if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
-            cure = "KL is above 2, the model has collapsed: lower --learning_rate"
-        no_variance = self.flat_steps >= 20
-        no_format = state.global_step >= 50 and not self.formatted
-        problems = {
-            "no reward variance in any group for 20 steps: nothing is learned": no_variance,
-            f"most completions are cut off: {cure}": cut_off,
-            "format rewards are still 0: look at the completions": no_format,
-            "the loss or a weight is not finite: stopping": self.broken,
-        }
-        for problem, present in problems.items():
-            if present:
-                self.warn(f"step {state.global_step}: {problem}", problem)
+        self.skipped = 0 if math.isfinite(logs.get("grad_norm", 0.0)) else self.skipped + 1
+        patience = 20 if args.fp16 else 0  # GradScaler lowers its scale at each skipped step
+        self.broken |= self.skipped > patience or not math.isfinite(logs.get("loss", 0.0))
+        if self.flat_steps >= 20:
+            self.warn(step, "no reward variance in any group for 20 steps: nothing is learned")
+        if (logs.get("completions/clipped_ratio") or 0) > 0.5:
+            cure = "raise --max_completion_length, unless they go on after their answer"
+            if (soft or 0) > 0.25:  # most are in the format too, so some go on after </answer>
+                cure = "some go on after </answer>: is the model's end token in eos_token_id, "
+                cure += "in generation_config.json in its folder?"
+            if (logs.get("kl") or 0) > 2:  # healthy runs stay below 0.7
+                cure = "KL is above 2, the model has collapsed: lower --learning_rate"
+            self.warn(step, f"most completions are cut off: {cure}")
+        if step >= 50 and not self.formatted:
+            self.warn(step, "format rewards are still 0: look at the completions")
         if self.broken:  # the last checkpoint is the last good one
+            self.warn(step, "the loss or a weight is not finite: stopping")
             control.should_training_stop, control.should_save = True, False
 
-    def warn(self, text: str, problem: str) -> None:
+    def warn(self, step: int, problem: str) -> None:
         """Print a warning and send it to W&B, once for each problem."""
         if problem not in self.warned:
             self.warned.add(problem)
-            print_error(f"warning: {text}")
+            print_error(f"warning: step {step}: {problem}")
             if wandb.run:
-                wandb.run.alert(title="grpo_demo", text=text)
+                wandb.run.alert(title=f"step {step}", text=problem)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.broken:

@@ -92,12 +92,9 @@ def decide(*, before: list[Answer], control: list[Answer], after: list[Answer]) 
     best = max(control, before, key=lambda answers: share(answers, "lenient_accuracy"))
     gains["reasoning"] = paired_interval("lenient_accuracy", best, after)
     gains["format"] = gains["strict_accuracy"]["value"] - gains["reasoning"]["value"]
-    learned = []
-    if max(gains["soft_format"]["low"], gains["strict_format"]["low"]) > 0:
-        learned.append("format")
-    if gains["reasoning"]["low"] > 0:
-        learned.append("reasoning")
-    verdict = " and ".join(learned) or "neither"
+    format_low = max(gains["soft_format"]["low"], gains["strict_format"]["low"])
+    lows = {"format": format_low, "reasoning": gains["reasoning"]["low"]}
+    verdict = " and ".join(part for part, low in lows.items() if low > 0) or "neither"
     return {"verdict": verdict, "gain": gains, "best_untrained": share(best, "lenient_accuracy")}
 
 
@@ -113,13 +110,12 @@ def explain(result: dict, measurements: dict[str, dict[str, Interval]]) -> list[
         return f"{start:.1%} to {end:.1%} ({points[0]} points [{points[1]}, {points[2]}])"
 
     shot = measurements["before_one_shot"]["strict_accuracy"]["value"]
-    form = 100 * result["gain"]["format"]
     return [
         f"Strict accuracy: {change('strict_accuracy', 'strict_accuracy')}; "
         f"untrained, with one example in the prompt: {shot:.1%}.",
         "Due to reasoning: lenient accuracy from the better untrained prompt, "
         f"{change('lenient_accuracy', 'reasoning', result['best_untrained'])}.",
-        f"Due to format: the rest, {form:+.1f} points; "
+        f"Due to format: the rest, {100 * result['gain']['format']:+.1f} points; "
         f"soft format {change('soft_format', 'soft_format')}, "
         f"strict format {change('strict_format', 'strict_format')}.",
     ]
@@ -131,7 +127,6 @@ def table(measurements: dict[str, dict[str, Interval]], form: str) -> list[list[
     rows = [[f"{n} questions", *(name.replace("_", " ") for name in measurements)]]
     for measure in MEASURES:
         unit = form.replace("%", "f") if measure == "tokens" else form
-        cells = [figures[measure] for figures in measurements.values()]
-        texts = [unit.format(cell["value"], cell["low"], cell["high"]) for cell in cells]
+        texts = [unit.format(**figures[measure]) for figures in measurements.values()]
         rows += [[measure.replace("_", " "), *texts]]
     return rows

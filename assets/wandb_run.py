@@ -20,13 +20,12 @@ def find_mode(args: GRPOConfig) -> str:
     Takes `wandb` out of `args.report_to` if it is disabled, also by the environment variables
     WANDB_MODE and WANDB_DISABLED. UserError for a mode, project or key that W&B refuses.
     """
-    mode = os.environ.get("WANDB_MODE")
-    with as_user_error("WANDB_DISABLED"):
+    with as_user_error("W&B (WANDB_DISABLED, WANDB_MODE, WANDB_PROJECT or key)", wandb.Error):
+        mode = os.environ.get("WANDB_MODE")
         disabled = mode == "disabled" or strtobool(os.environ.get("WANDB_DISABLED") or "false")
-    if disabled or "wandb" not in args.report_to:
-        args.report_to = [name for name in args.report_to if name != "wandb"]
-        return "disabled"
-    with as_user_error("W&B", wandb.Error):
+        if disabled or "wandb" not in args.report_to:
+            args.report_to = [name for name in args.report_to if name != "wandb"]
+            return "disabled"
         project = os.environ.get("WANDB_PROJECT", args.project)
         wandb.Settings(mode=mode or "offline", project=project)
         return mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
@@ -45,6 +44,11 @@ def open_run(args: GRPOConfig, config: dict, run_id: str, mode: str) -> None:
         for kind in ("DATA", "CACHE", "CONFIG"):
             os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path(args.output_dir, "wandb")))
     settings = wandb.Settings(
+        project=os.environ.get("WANDB_PROJECT", args.project),
+        run_name=os.environ.get("WANDB_NAME", args.run_name),
+        root_dir=os.environ.get("WANDB_DIR", args.output_dir),
+        run_id=run_id,
+        resume="allow",
         silent=True,  # what to do next is said below and in `close_run`
         host=os.environ.get("WANDB_HOST", ""),  # else the machine's name is sent
         init_timeout=30,
@@ -52,21 +56,12 @@ def open_run(args: GRPOConfig, config: dict, run_id: str, mode: str) -> None:
         finish_timeout_raises=True,
         x_transaction_log_flush_interval=0.01,  # write at once: a kill loses nothing
     )
-    options = {
-        "project": os.environ.get("WANDB_PROJECT", args.project),
-        "name": os.environ.get("WANDB_NAME", args.run_name),
-        "dir": os.environ.get("WANDB_DIR", args.output_dir),
-        "id": run_id,
-        "resume": "allow",
-        "config": config,
-        "settings": settings,
-    }
     try:
-        wandb.init(**options, mode=mode)
+        wandb.init(config=config, settings=settings, mode=mode)
     except wandb.Error as error:
         print_error(f"warning: W&B cannot be reached ({error}); the run is kept offline")
         wandb.teardown()  # it still holds the run's id
-        wandb.init(**options, mode="offline")
+        wandb.init(config=config, settings=settings, mode="offline")
     offline = f"offline, in {Path(wandb.run.dir).parent}"
     print_once(f"W&B     {offline if wandb.run.offline else wandb.run.url}")
 
@@ -104,8 +99,7 @@ def close_run() -> None:
         wandb.finish()
     except TimeoutError:  # the server does not answer; the local files are complete
         offline = True
-    print_once("\nlook at the run (in it, / filters: type reward, accuracy or generate):")
-    print_once(f"wandb leet {folder}")
+    print_once(f"\nlook at the run (/ filters: reward, accuracy, generate):\nwandb leet {folder}")
     waiting = {*folder.parent.glob("offline-run-*"), *([folder] if offline else [])}
     if waiting:
         folders = " ".join(sorted(map(str, waiting)))

@@ -513,8 +513,8 @@ WRONG = {  # reward: the example that is named, and what else is
     returns_none: ("perfect", "None"),
     returns_text: ("perfect", "'1'"),
     returns_a_dict: ("perfect", "{0: 1.0}"),
-    too_short: ("plain prose", "0"),
-    averages: ("all", "1"),  # right alone
+    too_short: ("plain prose", "[]"),
+    averages: ("all", "[1.0], not a list of 7"),  # right alone
     gives_text: ("no final newline", "a line"),
     gives_lists: ("perfect", "[1.0]"),
     awaited_raises: ("perfect", "OSError: no network"),

@@ -213,7 +213,7 @@ def test_the_list_of_flags_is_that_of_the_packages():
         (["--bf16", "perhaps"], 2, "'perhaps' is neither True nor False"),
         (["--optim", "adm"], 2, "invalid choice: 'adm'"),
         (["--beta", "-1"], 2, "--beta -1.0: it must be 0 or above"),
-        (["--loss_type", "foo"], 2, "choose one of grpo"),
+        (["--loss_type", "foo"], 2, "--loss-type: invalid choice: 'foo'"),
         (["--push_to_hub"], 2, "hf upload"),
     ],
 )
@@ -231,7 +231,7 @@ def test_what_needs_no_package_comes_at_once(tmp_path, flags, status, said):
 
 def test_no_gpu_names_the_laptop_command(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"python grpo_demo.py --config assets/tiny/config.yaml"):
+    with pytest.raises(UserError, match=r"on a laptop add --config assets/tiny/config.yaml"):
         parse_args([])
 
 
@@ -322,6 +322,7 @@ WRONG = """
     --repetition_penalty 0
     --generation_kwargs '{"temperature":0}'
     --generation_kwargs '{"temperature":"hot"}'
+    --generation_kwargs '{"temperature":2}'
     --generation_kwargs '{"temprature":1}'
     --generation_kwargs [
     --generation_kwargs 3
@@ -330,6 +331,7 @@ WRONG = """
     --epsilon -1
     --loss_type foo
     --scale_rewards foo
+    --scale_rewards True
     --importance_sampling_level foo
     --reward_weights 1 1
     --reward_weights 1 1 1 1 1 1
