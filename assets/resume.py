@@ -279,6 +279,8 @@ class StopAndResume(TrainerCallback):
         self.batches = args.steps_per_generation * args.num_iterations
         if args.save_steps * args.gradient_accumulation_steps % self.batches:
             print_once("checkpoints wait until all completions of a generation are used")
+        if args.logging_steps != 1:
+            print_once("a step with a checkpoint is logged too, also that of a stop")
         if args.process_index == 0:
             write_json(Path(args.output_dir, "run.json"), record)
         for number in (signal.SIGTERM, signal.SIGINT):
