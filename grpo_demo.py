@@ -190,8 +190,15 @@ class DemoConfig(GRPOConfig):
     def __post_init__(self):
         """Refuse what TRL and transformers would refuse less clearly, too late, or not at all."""
         self.use_cpu = self.use_cpu or self.estimate_memory
+        settings.check_values(vars(self))
         settings.check_gpu(self)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "divisible by num_generations" not in str(error):
+                raise
+            factors = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+            raise ValueError(f"{error} Unless set, generation_batch_size is {factors}") from error
         settings.check_tools(self)
 
     @property
@@ -208,7 +215,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     """
     values = settings.read(sys.argv[1:] if argv is None else argv, globals())
     with as_user_error("settings", TypeError):
-        return HfArgumentParser((DemoConfig, ModelConfig)).parse_dict(values, allow_extra_keys=True)
+        return HfArgumentParser((DemoConfig, ModelConfig)).parse_dict(values)
 
 
 def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]]:
@@ -442,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("transformers.trainer").addFilter(lambda r: tied not in r.getMessage())
     disable_progress_bar()  # of loading weights
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace", line_buffering=True)  # it may lack a character
+        stream.reconfigure(errors="replace")  # a terminal may lack a character of a completion
     try:
         args, model_args = parse_args(argv)
         if args.estimate_memory:

@@ -28,6 +28,7 @@ def print_once(message: str = "") -> None:
     """Print a line on stdout, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message)
+        sys.stdout.flush()
 
 
 def print_error(message: str) -> None:

@@ -90,11 +90,10 @@ def run_transformers(trainer: GRPOTrainer, ids: list[list[int]], greedy: bool) -
     """Return the new tokens of each prompt; after the end there may be padding."""
     tokenizer, config = trainer.processing_class, trainer.generation_config
     if greedy:  # without a user's generation_kwargs, which may sample
+        ends = {"eos_token_id": trainer.eos_token_ids, "pad_token_id": tokenizer.pad_token_id}
+        ends["max_new_tokens"] = trainer.max_completion_length
         plain = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-        config = GenerationConfig(do_sample=False, disable_compile=True, **plain)
-        config.max_new_tokens = trainer.max_completion_length
-        config.eos_token_id = trainer.eos_token_ids
-        config.pad_token_id = tokenizer.pad_token_id
+        config = GenerationConfig(do_sample=False, disable_compile=True, **ends, **plain)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
     args, model, accelerator = trainer.args, trainer.model_wrapped, trainer.accelerator
     more = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
@@ -112,9 +111,11 @@ def run_vllm(trainer: GRPOTrainer, ids: list[list[int]], greedy: bool) -> list[l
     options = engine.generation_kwargs
     if greedy:
         engine.generation_kwargs = {"temperature": 0.0, "repetition_penalty": 1.0}
-    engine.sync_weights()
-    _, made, _, _ = engine.generate(prompts=ids, images=None, num_generations=1)
-    engine.generation_kwargs = options
+    try:
+        engine.sync_weights()
+        _, made, _, _ = engine.generate(prompts=ids, images=None, num_generations=1)
+    finally:
+        engine.generation_kwargs = options
     return [list(tokens) for tokens in made]
 
 

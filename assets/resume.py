@@ -47,7 +47,7 @@ ROUNDING = "per_device_train_batch_size gradient_checkpointing device torch tran
 DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
 LEFT_OVER = re.compile(r"eval-|(run\.part|\.lock|\.owner)$")  # by the script, before any run began
 LOCK, OWNER, SIZES = ".lock", ".owner", "sizes.json"
-HELD = []  # locks, until the process ends, however it ends
+HELD = []  # locks of this process; they end with it, however it ends
 
 
 class AtLastStep(Exception):
@@ -79,7 +79,7 @@ def describe(args: GRPOConfig, model_args: ModelConfig, prompt: str, *data: Data
         config["held-out batch"] = args.per_device_eval_batch_size
     texts = [repr(rows and rows.to_dict()) for rows in data]
     config["data"] = [sha256(text.encode()).hexdigest()[:12] for text in texts]
-    code = ast.unparse(ast.parse(Path(rewards.__file__).read_text()))  # without comments
+    code = ast.unparse(ast.parse(Path(rewards.__file__).read_bytes()))  # without comments
     config["rewards.py"] = sha256(code.encode()).hexdigest()[:12]
     for file in sorted(Path(model_args.model_name_or_path).glob("*.*")):
         if file.suffix in (".safetensors", ".json", ".jinja"):
@@ -100,7 +100,7 @@ def fingerprint(file: Path) -> str:
 
 @contextmanager
 def claim_output(args: GRPOConfig, config: dict) -> Iterator[tuple[dict, str | None]]:
-    """Claim `args.output_dir`, yield what `claim` returns; at the end mark the run as finished.
+    """Claim `args.output_dir`, yield what `claim` returns; then mark the run finished, close W&B.
 
     Exits with status 0 if the run is finished, 1 if the disk is full. UserError if the directory is
     in use, holds a run with other settings, or other files.
@@ -113,7 +113,7 @@ def claim_output(args: GRPOConfig, config: dict) -> Iterator[tuple[dict, str | N
             write_json(out / "run.json", record | {"finished": True})
     except Exception as error:  # safetensors and torch have kinds of their own
         free = shutil.disk_usage(out).free / 1e6 if os.path.isdir(out) else math.inf
-        if free > 1 and not DISK_FULL.search(str(error)):
+        if isinstance(error, UserError) or (free > 1 and not DISK_FULL.search(str(error))):
             raise
         print_error(f"error: disk full: {free:,.0f} MB are free in {out}; make room, run it again")
         raise SystemExit(1) from error
@@ -179,7 +179,8 @@ def lock(out: Path) -> None:
 def release(out: Path) -> None:
     """Unlock the directory if it is held; leave no trace of the lock, nor an empty directory."""
     if HELD:
-        HELD.pop().release()
+        while HELD:
+            HELD.pop().release()
         (out / OWNER).unlink(missing_ok=True)
         (out / LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # it holds something else
@@ -225,8 +226,10 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
             how = "has changed" if of_file else f"{old.get(name)} -> {new.get(name)}"
             changed[name] = f"{name} {how}"
     rounding = [changed.pop(name) for name in ROUNDING.split() if name in changed]
-    checkpoint = None if finished else newest_checkpoint(out)
-    if checkpoint and changed.keys() == {"rewards.py"}:
+    checkpoint = None
+    if not finished and changed.keys() <= {"rewards.py"}:
+        checkpoint = newest_checkpoint(out)
+    if checkpoint and changed:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         if state.global_step >= state.max_steps:
             changed = {}
@@ -248,7 +251,7 @@ def resume_or_refuse(out: Path, new: dict, record: dict) -> str | None:
 
 def newest_checkpoint(out: Path) -> str | None:
     """Return the newest complete checkpoint, None if there is none."""
-    folders = sort_checkpoints(out)
+    folders = [f for f in sort_checkpoints(out) if re.search(r"checkpoint-\d+$", f)]
     for folder in reversed(folders):
         if is_complete(Path(folder)):
             return folder
@@ -271,15 +274,15 @@ class StopAndResume(TrainerCallback):
 
     def __init__(self, trainer: GRPOTrainer, record: dict, checkpoint: str | None):
         args = trainer.args
-        self.checkpoint, self.signal, self.training = checkpoint, 0, False
+        self.checkpoint, self.signal = checkpoint, 0
+        self.training, self.save_is_due = False, False
         self.reference = trainer.ref_model if args.sync_ref_model else None  # it moves
-        self.save_is_due = False
         self.limit, args.save_total_limit = args.save_total_limit, None  # see on_save
         # TRL keeps the completions that are used several times in memory only
         self.batches = args.steps_per_generation * args.num_iterations
         if args.save_steps * args.gradient_accumulation_steps % self.batches:
             print_once("checkpoints wait until all completions of a generation are used")
-        if args.logging_steps != 1:
+        if args.logging_steps != 1 or args.logging_strategy != "steps":
             print_once("a step with a checkpoint is logged too, also that of a stop")
         if args.process_index == 0:
             write_json(Path(args.output_dir, "run.json"), record)

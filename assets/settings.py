@@ -12,7 +12,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,9 +44,9 @@ NOT_SUPPORTED = {
     "remove_unused_columns": "the rewards need the answers",
     "use_liger_kernel": "TRL deprecates it",
 }
-NOT_EMPTY = "model_name_or_path dataset_name output_dir run_name"
+PATHS = "model_name_or_path dataset_name output_dir"
 RANGES = {  # what is said: what must hold, for which settings
-    "a name": (bool, NOT_EMPTY),
+    "a name": (bool, f"run_name {PATHS}"),
     "above 0": (
         lambda x: 0 < x < math.inf,
         "adam_epsilon generation_batch_size gradient_accumulation_steps logging_steps lora_alpha "
@@ -91,6 +93,16 @@ def yes_or_no(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
+def or_none(kind: Callable) -> Callable:
+    """Return a type of argparse that reads None too."""
+
+    @wraps(kind)
+    def read(text: str) -> object:
+        return None if text.lower() in ("none", "null") else kind(text)
+
+    return read
+
+
 class Parser(argparse.ArgumentParser):
     """All flags, from plain data: TRL's parser, which wrote them, takes seconds to load."""
 
@@ -107,7 +119,9 @@ class Parser(argparse.ArgumentParser):
             if options["dest"] in CHOICES:
                 options["choices"] = CHOICES[options["dest"]].split()
             if "type" in options:
-                options["type"] = kinds[options["type"]]
+                kind = kinds[options["type"]]
+                optional = "None" in takes and kind is not str and "nargs" not in options
+                options["type"] = or_none(kind) if optional else kind
             action = self.add_argument(*names, **options)
             self.takes.setdefault(action.dest, takes)
 
@@ -124,17 +138,20 @@ class Parser(argparse.ArgumentParser):
 
     def override(self, settings: dict[str, object]) -> None:
         """Make settings the defaults of their flags; each value is read as the flag reads it."""
-        flags = []
+        flags, kept = [], {}
         for name, value in settings.items():
             kind = {type(None): "None", list: "list", dict: "dict"}.get(type(value), "")
             if kind and kind not in self.takes[name]:
                 self.error(f"{name}: {json.dumps(value, default=str)} is no value for it")
             if kind == "list":
-                flags += [f"--{name}", *map(str, value)]
-            elif kind != "None":
-                flags += [f"--{name}={json.dumps(value) if kind == 'dict' else value}"]
+                read = [vars(self.parse_args([f"--{name}={item}"]))[name] for item in value]
+                kept[name] = [x[0] if isinstance(x, list) else x for x in read]
+            elif kind:
+                kept[name] = value
+            else:
+                flags += [f"--{name}={value}"]
         read = vars(self.parse_args(flags))
-        self.set_defaults(**{k: x if x is None else read[k] for k, x in settings.items()})
+        self.set_defaults(**{name: read[name] for name in settings} | kept)
 
     def read_yaml(self, file: str) -> None:
         """Make the settings in a YAML file the defaults of their flags."""
@@ -144,8 +161,9 @@ class Parser(argparse.ArgumentParser):
             settings = yaml.safe_load(Path(path).read_text())
             if not isinstance(settings, dict):
                 raise UserError("it must hold a YAML mapping")
-            for key in settings.keys() - self.takes.keys():
-                self.refuse("key", key)
+            for key in settings:
+                if key not in self.takes:
+                    self.refuse("key", key)
             self.override(settings)
 
 
@@ -168,7 +186,8 @@ def read(argv: list[str], script: dict[str, object]) -> dict[str, object]:
         parser.refuse("flag", flag)
     values = vars(values)
     check_values(values)
-    return values | {name: os.path.expanduser(values[name]) for name in NOT_EMPTY.split()}
+    del values["config"]
+    return values | {name: os.path.expanduser(values[name]) for name in PATHS.split()}
 
 
 def look_first(script: dict[str, object]) -> None:
@@ -181,21 +200,15 @@ def look_first(script: dict[str, object]) -> None:
 
 
 def check_values(values: dict[str, object]) -> None:
-    """Raise UserError for a setting that is not supported or out of range."""
+    """Raise UserError for a setting that is not supported or out of range; some may be missing."""
     for name, instead in NOT_SUPPORTED.items():
-        if values[name]:
+        if values.get(name):
             raise UserError(f"--{name} is not supported: {instead}")
     for text, (holds, names) in RANGES.items():
         for name in names.split():
-            if values[name] is not None and not holds(values[name]):
-                raise UserError(f"--{name} {values[name]!r}: it must be {text}")
-    micro, group = values["per_device_train_batch_size"], values["num_generations"]
-    batches = values["steps_per_generation"] or values["gradient_accumulation_steps"]
-    rows = micro * batches * int(os.environ.get("WORLD_SIZE", 1))
-    if rows % group and not values["generation_batch_size"]:
-        what = f"{rows} completions a step ({micro} x {batches} x processes)"
-        flags = "--per_device_train_batch_size, --gradient_accumulation_steps or --num_generations"
-        raise UserError(f"{what} are no whole groups of {group}: change {flags}")
+            value = values.get(name)
+            if value is not None and not holds(value):
+                raise UserError(f"--{name} {value!r}: it must be {text}")
 
 
 def check_gpu(args: GRPOConfig) -> None:
@@ -311,9 +324,9 @@ def check_stops(args: GRPOConfig, model: PreTrainedModel, tokenizer: Tokenizer) 
         where = "write eos_token in tokenizer_config.json in the model's folder"
         if not (end or stops):
             raise UserError(f"no token stops generation: {where}")
-        tokenizer.eos_token = tokenizer.pad_token = end or tokenizer.decode(stops[0])
+        tokenizer.eos_token = tokenizer.pad_token = end or tokenizer.convert_ids_to_tokens(stops[0])
         print_error(f"warning: no eos_token, {tokenizer.eos_token} is used: {where}")
-    stops = sorted({tokenizer.eos_token_id, *stops})
+    stops = sorted({tokenizer.eos_token_id, *stops} - {None})
     if end and ids[end] not in stops:
         what = f"ends a turn with {end}, but generation stops only at {tokenizer.decode(stops)}"
         cure = f'"eos_token_id": {[ids[end], *stops]} in generation_config.json'

@@ -101,7 +101,7 @@ class Progress(TrainerCallback):
             file = sys.stderr if self.drawn else io.StringIO()
             form = "{n_fmt}/{total_fmt} {remaining} left {desc}"
             steps = {"total": state.max_steps, "initial": state.global_step}
-            self.bar = tqdm(**steps, bar_format=form, file=file, dynamic_ncols=True)
+            self.bar = tqdm(**steps, bar_format=form, file=file, smoothing=0, dynamic_ncols=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs or not state.is_world_process_zero:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,13 +30,15 @@ from conftest import (
     series,
     wandb_rows,
 )
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState
 
 import grpo_demo
 from assets import evaluate
+from assets.common import UserError
 from assets.research.record import collect
-from assets.resume import is_complete
+from assets.resume import claim_output, is_complete, newest_checkpoint
 from assets.terminal import Health
 from rewards import REWARD_FUNCS
 
@@ -324,6 +327,34 @@ def test_a_damaged_checkpoint_is_seen(whole, tmp_path, name, damage):
     assert is_complete(folder)
     damage(folder / name)
     assert not is_complete(folder)
+
+
+def test_a_copy_of_a_checkpoint_is_none(whole, tmp_path):
+    for name in ("checkpoint-3", "checkpoint-3-before-my-edit", "checkpoint-old"):
+        shutil.copytree(whole / f"checkpoint-{STEPS}", tmp_path / name)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+def test_a_directory_in_use_is_left_alone(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    args = SimpleNamespace(output_dir=str(mine), overwrite_output=True, process_index=0)
+    mine.mkdir()
+    (mine / "file").write_text("old")
+    with suppress(ZeroDivisionError), claim_output(args, {}):
+        raise ZeroDivisionError
+    other.mkdir()
+    with FileLock(other / ".lock"):
+        args.output_dir = str(other)
+        with pytest.raises(UserError, match="in use"), claim_output(args, {}):
+            pass
+        assert (other / ".lock").exists()
+    assert not mine.exists() and len(list(tmp_path.glob("mine.*"))) == 1
+
+
+def test_another_error_than_a_full_disk_is_passed_on(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), overwrite_output=False, process_index=0)
+    with pytest.raises(UserError, match="cannot load"), claim_output(args, {}):
+        raise UserError("cannot load the model: No space left on device")
 
 
 def test_damage_is_passed_over(whole, tmp_path):

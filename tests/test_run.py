@@ -323,7 +323,8 @@ def test_a_terminal_that_lacks_a_character_does_not_stop_the_run(tmp_path):
     rows = [json.dumps({"question": f"{i} \u2014 \u20ac?", "answer": "#### 1"}) for i in range(8)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     flags = (*BRIEF, "--dataset_name", tmp_path, "--output_dir", tmp_path / "run")
-    done = command(*flags, env={"PYTHONIOENCODING": "ascii"})
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = command(*flags, env={"PYTHONIOENCODING": "ascii", **plain})
     assert done.returncode == 0 and "1/1" in done.stdout and " ? ??" in done.stdout
 
 

@@ -1,24 +1,27 @@
 """The gist's settings, pinned; constants, YAML and flags; errors in settings."""
 
+import argparse
 import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import LAPTOP, ROOT, command
-from trl import GRPOConfig
+from trl import GRPOConfig, ModelConfig, TrlParser
 
 import grpo_demo
 from assets.common import UserError
 from assets.research.flags import collect
-from assets.settings import CHOICES, FIXED_OPTIONS, FLAGS, RANGES
+from assets.settings import CHOICES, FIXED_OPTIONS, FLAGS, RANGES, Parser
 from grpo_demo import DemoConfig, parse_args
 
+CONFIGS = [DemoConfig, ModelConfig]
 QUICK = ("--max_steps", "1", "--eval_samples", "4")  # what is not refused ends soon
 GIST = {  # the gist's settings, in TRL 1.16's names
     "learning_rate": 5e-6,
@@ -147,8 +150,8 @@ def test_flags_over_yaml_over_constants(tmp_path, monkeypatch):
         (["--config", "nowhere.yaml"], "nowhere.yaml: there is no such YAML file"),
         (["--config", "assets"], "assets: there is no such YAML file"),
         ([*LAPTOP, "--config=nowhere.yaml"], "nowhere.yaml: there is no such YAML file"),
-        (["--gradient_accumulation_steps", "1"], "1 completions a step .* groups of 16"),
-        (["--num_generations", "48"], "64 completions a step .* groups of 48"),
+        (["--gradient_accumulation_steps", "1"], "num_generations .*gradient_accumulation_steps"),
+        (["--num_generations", "48"], "num_generations .*gradient_accumulation_steps"),
         (["--generation_batch_size", "24"], "num_generations"),
         (["--trust_remote_code"], "trust_remote_code"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint"),
@@ -187,6 +190,18 @@ def test_a_constant_is_as_strict_as_a_flag(monkeypatch, name, value):
         parse_args(["--use_cpu"])
 
 
+def test_settings_made_in_python_are_checked_too():
+    for settings in ({"beta": -1}, {"push_to_hub": True}, {"max_completion_length": 0}):
+        with pytest.raises(UserError, match=f"--{next(iter(settings))}"):
+            DemoConfig(use_cpu=True, **settings)
+
+
+def test_the_first_unknown_key_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("zzz: 1\nfoo: 2\nlearning_rat: 3\n")
+    with pytest.raises(UserError, match="unknown key zzz"):
+        parse_args(["--config", str(tmp_path / "bad.yaml")])
+
+
 def test_of_several_yaml_files_the_last_one_wins(tmp_path):
     (tmp_path / "mine.yaml").write_text("beta: 0.1\nseed: 3\n")
     args, _ = parse_args([*LAPTOP, f"--config={tmp_path}/mine.yaml", "--seed", "4"])
@@ -197,7 +212,30 @@ def test_the_list_of_flags_is_that_of_the_packages():
     listed = json.loads(FLAGS.read_text())
     assert listed == collect(), "python -m assets.research.flags mends it"
     names = {options["dest"] for _, _, options in listed}
+    assert {field.name for config in CONFIGS for field in dataclasses.fields(config)} - names == {
+        "parallelism_config"  # only Python can write it
+    }
     assert names >= {name for _, many in RANGES.values() for name in many.split()} | {*CHOICES}
+
+
+def read_with(parser: argparse.ArgumentParser, flag: str, text: str) -> object:
+    """Return the value that a parser gives a setting for a text; "refused" if it takes none."""
+    try:
+        return vars(parser.parse_args([f"--{flag}={text}"]))[flag]
+    except (argparse.ArgumentError, UserError):
+        return "refused"
+
+
+def test_a_flag_reads_what_it_reads_in_trls_parser():
+    ours, theirs = Parser(""), TrlParser(CONFIGS, allow_abbrev=False, exit_on_error=False)
+    stricter = {*CHOICES, "parallelism_config", "liger_kernel_config"}
+    flags = [name for name in ours.takes if name not in stricter]
+    for flag in flags:
+        for text in ("7", "0.5", "1e-5", "-1", "true", "no", "abc", "", '{"a": 1}', "a b"):
+            assert read_with(ours, flag, text) == read_with(theirs, flag, text), (flag, text)
+    numbers = [name for name in flags if "None" in ours.takes[name]]
+    assert len(flags) > 200 and {"save_total_limit", "min_p"} <= {*numbers}
+    assert read_with(ours, "min_p", "None") is None and read_with(ours, "beta", "None") == "refused"
 
 
 @pytest.mark.parametrize(
@@ -399,8 +437,8 @@ WRONG = """
 
 
 SAID = {  # by libraries, in other words than the flag
+    "--per_device_train_batch_size 4": "generation_batch_size (4)",
     "--num_generations 1": "at least 2 generations",
-    "--per_device_train_batch_size 4": "4 completions a step",
     "--attn_implementation flash_attention_2": "FlashAttention2",
     "--load_in_4bit --load_in_8bit": "8 bit and 4 bit",
     "--load_in_4bit": "bitsandbytes",
@@ -481,17 +519,22 @@ def test_values_in_yaml_become_what_flags_become(tmp_path):
         "save_total_limit": "null",
         "evaluate": "no",
         "report_to": "none",
-        "reward_weights": "[1, 2, 3, 4, 5]",
+        "reward_weights": "[1, 2, 3, 4, -1.0e-5]",
         "lora_target_modules": "[q_proj, v_proj]",
         "generation_kwargs": "{temperature: 0.5}",
         "scale_rewards": "batch",
         "project": "7",
+        "optim_target_modules": "[a]",
+        "include_for_metrics": "[a, b]",
+        "lora_modules_to_save": "[]",
+        "chat_template_kwargs": "{date: '2024', thinking: 'true', day: 2024-01-01}",
     }
     file = tmp_path / "mine.yaml"
     file.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
     args, model_args = parse_args(["--use_cpu", "--config", str(file)])
     found = {name: getattr(args, name, None) for name in lines}
-    found["lora_target_modules"] = model_args.lora_target_modules
+    for name in ("lora_target_modules", "lora_modules_to_save"):
+        found[name] = getattr(model_args, name)
     wanted = {
         "run_name": "2024-01-01",
         "learning_rate": 1e-5,
@@ -499,11 +542,15 @@ def test_values_in_yaml_become_what_flags_become(tmp_path):
         "save_total_limit": None,
         "evaluate": False,
         "report_to": [],
-        "reward_weights": [1.0, 2.0, 3.0, 4.0, 5.0],
+        "reward_weights": [1.0, 2.0, 3.0, 4.0, -1e-5],
         "lora_target_modules": ["q_proj", "v_proj"],
         "generation_kwargs": {"temperature": 0.5},
         "scale_rewards": "batch",
         "project": "7",
+        "optim_target_modules": ["a"],
+        "include_for_metrics": ["a", "b"],
+        "lora_modules_to_save": [],
+        "chat_template_kwargs": {"date": "2024", "thinking": "true", "day": date(2024, 1, 1)},
     }
     assert found == wanted
     assert {name: type(value) for name, value in found.items()} == {

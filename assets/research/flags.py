@@ -5,14 +5,23 @@ python -m assets.research.flags
 
 import argparse
 import json
+from enum import EnumType
 from typing import get_type_hints
 
 from trl import ModelConfig, TrlParser
 
 import grpo_demo
-from assets.settings import FLAGS, NOT_EMPTY
+from assets.settings import FLAGS, RANGES
 
-KINDS = {"int": "int", "float": "float", "string_to_bool": "bool"}  # names of argparse's types
+KINDS = {  # argparse's types; those that only Python can write are no flags
+    "str": "str",
+    "int": "int",
+    "float": "float",
+    "string_to_bool": "bool",
+    "<lambda>": "str",  # a choice
+    "DebugOption": "str",
+    "dict": "str",
+}
 
 
 def collect() -> list[list]:
@@ -23,12 +32,14 @@ def collect() -> list[list]:
         options = {"dest": action.dest, "help": action.help, "default": action.default}
         if isinstance(action, argparse._StoreFalseAction):
             options["action"] = "store_false"
+        elif action.type.__name__ not in KINDS:
+            continue
         else:
-            name = getattr(action.type, "__name__", "str")
-            options |= {"nargs": action.nargs, "type": KINDS.get(name, "str")}
-            options |= {"const": action.const, "choices": action.choices and list(action.choices)}
+            options |= {"nargs": action.nargs, "type": KINDS[action.type.__name__]}
+            choices = action.choices or (isinstance(action.type, EnumType) and action.type)
+            options |= {"const": action.const, "choices": list(choices) if choices else None}
         takes = [kind for kind in ("None", "list", "dict") if kind in hints[action.dest]]
-        if action.dest in NOT_EMPTY.split():
+        if action.dest in RANGES["a name"][1].split():
             takes = []
         options = {key: value for key, value in options.items() if value is not None}
         flags.append([action.option_strings, takes, options])
