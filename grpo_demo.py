@@ -214,7 +214,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
     UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
     """
     values = settings.read(sys.argv[1:] if argv is None else argv, globals())
-    with as_user_error("settings", TypeError):
+    with as_user_error("settings", TypeError, ImportError):  # such as deepspeed, not installed
         return HfArgumentParser((DemoConfig, ModelConfig)).parse_dict(values)
 
 

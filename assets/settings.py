@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import wraps
 from importlib.util import find_spec
@@ -93,6 +94,14 @@ def yes_or_no(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
+def mapping(text: str) -> str:
+    """Return the text of a JSON mapping, which transformers reads."""
+    with suppress(ValueError):
+        if isinstance(json.loads(text), dict):
+            return text
+    raise argparse.ArgumentTypeError(f'{text!r} is no JSON mapping, such as {{"a": 0.9}}')
+
+
 def or_none(kind: Callable) -> Callable:
     """Return a type of argparse that reads None too."""
 
@@ -119,7 +128,7 @@ class Parser(argparse.ArgumentParser):
             if options["dest"] in CHOICES:
                 options["choices"] = CHOICES[options["dest"]].split()
             if "type" in options:
-                kind = kinds[options["type"]]
+                kind = mapping if names[0].endswith("_kwargs") else kinds[options["type"]]
                 optional = "None" in takes and kind is not str and "nargs" not in options
                 options["type"] = or_none(kind) if optional else kind
             action = self.add_argument(*names, **options)
@@ -253,13 +262,11 @@ def check_tools(args: GRPOConfig) -> None:
     check_sampling(args.generation_kwargs or {}, args.use_vllm)
 
 
-def check_sampling(options: object, use_vllm: bool) -> None:
+def check_sampling(options: dict, use_vllm: bool) -> None:
     """Raise UserError for `--generation_kwargs` that are no options or would break the groups."""
     from transformers import GenerationConfig
 
     what = f"--generation_kwargs {options}"
-    if not isinstance(options, dict):
-        raise UserError(f"{what}: write it as JSON, for example '{{\"temperature\": 0.9}}'")
     if not use_vllm and (unknown := options.keys() - GenerationConfig().to_dict().keys()):
         raise UserError(f"{what}: unknown: {', '.join(unknown)}")
     for instead, names in FIXED_OPTIONS.items():
