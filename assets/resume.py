@@ -140,14 +140,15 @@ def claim(args: GRPOConfig, config: dict) -> tuple[dict, str | None]:
     new = {"settings": settings_to_compare(config), "wandb_id": token_hex(4), "finished": False}
     new["overwrote"] = args.overwrite_output
     old = read_record(out, args.overwrite_output)
+    files = (str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    if not (out / "run.json").exists() and not all(map(LEFT_OVER.match, files)):
+        raise UserError(f"{out} holds other files than those of a run: choose another --output_dir")
     # The same command after a kill: its own half-done run is not moved aside
     same_command = old == {**new, "wandb_id": old.get("wandb_id")}
     if args.overwrite_output and not same_command:
         move_aside(out)
     elif old:
         return old, resume_or_refuse(out, new["settings"], old)
-    elif any(f.is_file() and not LEFT_OVER.match(str(f.relative_to(out))) for f in out.rglob("*")):
-        refuse(out, "holds other files")
     return new, None
 
 
@@ -165,7 +166,10 @@ def choose_evaluation(out: Path, config: dict) -> Path:
 
 def lock(out: Path) -> None:
     """Hold the directory; UserError names the process that already does."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {error}") from None
     held = FileLock(out / LOCK)
     try:
         held.acquire(timeout=0)
@@ -190,10 +194,12 @@ def release(out: Path) -> None:
 def move_aside(out: Path) -> None:
     """Rename the directory, if it holds anything, and lock a new one in its place."""
     if not out.name:
-        refuse(out, "is this folder, which cannot be moved aside")
+        raise UserError(f"{out} is this folder, which cannot be moved aside")
     if {file.name for file in out.iterdir()} > {LOCK, OWNER}:
-        aside = out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}")
-        print_once(f"moved the old {out} to {out.rename(aside)}")
+        aside = out.rename(out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}"))
+        print_once(f"moved the old {out} to {aside}")
+        for name in (LOCK, OWNER):
+            (aside / name).unlink()
         lock(out)
 
 

@@ -47,7 +47,7 @@ NOT_SUPPORTED = {
 }
 PATHS = "model_name_or_path dataset_name output_dir"
 RANGES = {  # what is said: what must hold, for which settings
-    "a name": (bool, f"run_name {PATHS}"),
+    "a name": (bool, f"run_name project {PATHS}"),
     "above 0": (
         lambda x: 0 < x < math.inf,
         "adam_epsilon generation_batch_size gradient_accumulation_steps logging_steps lora_alpha "
@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
         usage = "python grpo_demo.py [--config FILE] [--flag value ...]"
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=usage, description=about, formatter_class=form, allow_abbrev=False)
-        text = "Settings, in YAML; of several files, the last one wins."
+        text = "Settings, in YAML; of several files, the last one that has a key wins."
         self.add_argument("--config", action="append", default=[], metavar="FILE", help=text)
         self.takes: dict[str, list[str]] = {}  # setting -> what it takes beside one value
         kinds = {"int": int, "float": float, "bool": yes_or_no, "str": str}
@@ -129,7 +129,7 @@ class Parser(argparse.ArgumentParser):
                 options["choices"] = CHOICES[options["dest"]].split()
             if "type" in options:
                 kind = mapping if names[0].endswith("_kwargs") else kinds[options["type"]]
-                optional = "None" in takes and kind is not str and "nargs" not in options
+                optional = "None" in takes and kind is not str and options.get("nargs") != "+"
                 options["type"] = or_none(kind) if optional else kind
             action = self.add_argument(*names, **options)
             self.takes.setdefault(action.dest, takes)
@@ -140,8 +140,9 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, what: str, name: object) -> None:
         """Raise the UserError for a name that is no setting."""
-        near = get_close_matches(str(name).lstrip("-"), self.takes, n=1)
-        dashes = "--" if str(name).startswith("--") else ""
+        dashes = "--" if what == "flag" else ""
+        known = [*self.takes, "config"] if dashes else self.takes
+        near = get_close_matches(str(name).lstrip("-").lower(), known, n=1)
         hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
         raise UserError(f"unknown {what} {name}; {hint}")
 
@@ -166,10 +167,10 @@ class Parser(argparse.ArgumentParser):
         """Make the settings in a YAML file the defaults of their flags."""
         with as_user_error(f"--config {file}", UserError, yaml.YAMLError):
             if not os.path.isfile(path := os.path.expanduser(file)):
-                raise UserError("there is no such YAML file")
+                raise UserError(f"there is no such YAML file (in {os.getcwd()})")
             settings = yaml.safe_load(Path(path).read_text())
             if not isinstance(settings, dict):
-                raise UserError("it must hold a YAML mapping")
+                raise UserError("it must hold lines of YAML like `beta: 0.1`")
             for key in settings:
                 if key not in self.takes:
                     self.refuse("key", key)
@@ -188,6 +189,9 @@ def read(argv: list[str], script: dict[str, object]) -> dict[str, object]:
     constants = {name.lower(): value for name, value in script.items() if name.isupper()}
     with as_user_error("grpo_demo.py", UserError):
         parser.override({name: x for name, x in constants.items() if name in parser.takes})
+    for name in constants.keys() - parser.takes.keys():
+        if near := get_close_matches(name, parser.takes, n=1, cutoff=0.8):  # not a user's own
+            raise UserError(f"unknown constant {name.upper()}; did you mean {near[0].upper()}?")
     for file in parser.parse_known_args(argv)[0].config:
         parser.read_yaml(file)
     values, unknown = parser.parse_known_args(argv)

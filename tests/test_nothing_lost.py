@@ -339,7 +339,7 @@ def test_a_directory_in_use_is_left_alone(tmp_path):
     mine, other = tmp_path / "mine", tmp_path / "other"
     args = SimpleNamespace(output_dir=str(mine), overwrite_output=True, process_index=0)
     mine.mkdir()
-    (mine / "file").write_text("old")
+    (mine / "run.json").write_text("{")  # damaged
     with suppress(ZeroDivisionError), claim_output(args, {}):
         raise ZeroDivisionError
     other.mkdir()
@@ -348,7 +348,16 @@ def test_a_directory_in_use_is_left_alone(tmp_path):
         with pytest.raises(UserError, match="in use"), claim_output(args, {}):
             pass
         assert (other / ".lock").exists()
-    assert not mine.exists() and len(list(tmp_path.glob("mine.*"))) == 1
+    (aside,) = tmp_path.glob("mine.*")
+    assert not mine.exists() and [file.name for file in aside.iterdir()] == ["run.json"]
+
+
+def test_a_directory_that_is_no_run_is_never_moved_aside(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    args = SimpleNamespace(output_dir=str(tmp_path), overwrite_output=True, process_index=0)
+    with pytest.raises(UserError, match="holds other files"), claim_output(args, {}):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_another_error_than_a_full_disk_is_passed_on(tmp_path):

@@ -144,6 +144,8 @@ def test_flags_over_yaml_over_constants(tmp_path, monkeypatch):
         (["--max-prompt-lenght", "1"], "--max-prompt-lenght; did you mean --max_prompt_length"),
         (["--learning", "1"], "--learning"),  # no abbreviations
         (["--xyzzy", "1"], "--xyzzy; --help"),  # near no other
+        (["-max_steps", "1"], "-max_steps; did you mean --max_steps"),
+        (["--confg", "x"], "--confg; did you mean --config"),
         (["--beta", "much"], "--beta"),
         (["--config"], "--config"),
         (["--config=nowhere.yaml"], "nowhere.yaml: there is no such YAML file"),
@@ -171,7 +173,8 @@ def test_wrong_flags_are_named(flags, named):
         ("system_prompt: short\n", "system_prompt; --help"),  # a constant, but no flag
         ("1: 2\n", "1; --help"),
         ("config: other.yaml\n", "bad.yaml: unknown key config"),
-        ("- a\n", "bad.yaml: it must hold a YAML mapping"),
+        ("- a\n", "bad.yaml: it must hold lines of YAML"),
+        ("LEARNING_RATE: 1\n", "LEARNING_RATE; did you mean learning_rate"),
         ("a: [\n", "bad.yaml: while parsing"),
         ("beta: much\n", "bad.yaml: argument --beta: invalid float value: 'much'"),
         ("optim: adm\n", "bad.yaml: argument --optim: invalid choice: 'adm'"),
@@ -187,6 +190,14 @@ def test_wrong_yaml_is_named(tmp_path, text, named):
 def test_a_constant_is_as_strict_as_a_flag(monkeypatch, name, value):
     monkeypatch.setattr(grpo_demo, name, value)
     with pytest.raises(UserError, match=f"grpo_demo.py: argument --{name.lower()}.*'{value}'"):
+        parse_args(["--use_cpu"])
+
+
+def test_a_misspelt_constant_is_named(monkeypatch):
+    monkeypatch.setattr(grpo_demo, "MY_FOLDER", "x", raising=False)  # a user's own is none
+    parse_args(["--use_cpu"])
+    monkeypatch.setattr(grpo_demo, "BTA", 0.04, raising=False)
+    with pytest.raises(UserError, match="unknown constant BTA; did you mean BETA"):
         parse_args(["--use_cpu"])
 
 
@@ -419,6 +430,7 @@ WRONG = """
     --dataset_name ''
     --output_dir ''
     --run_name ''
+    --project ''
     --model_name_or_path nobody/nothing
     --model_name_or_path /no/where
     --model_name_or_path assets/research/runs

@@ -36,8 +36,11 @@ def collect() -> list[list]:
             continue
         else:
             options |= {"nargs": action.nargs, "type": KINDS[action.type.__name__]}
+            if options["type"] == "bool":  # --bf16 alone is yes, as for all others
+                options["nargs"] = "?"
             choices = action.choices or (isinstance(action.type, EnumType) and action.type)
-            options |= {"const": action.const, "choices": list(choices) if choices else None}
+            const = True if options["type"] == "bool" else action.const
+            options |= {"const": const, "choices": list(choices) if choices else None}
         takes = [kind for kind in ("None", "list", "dict") if kind in hints[action.dest]]
         if action.dest in RANGES["a name"][1].split():
             takes = []
