@@ -8,11 +8,12 @@ import shlex
 import subprocess
 import sys
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAPTOP, ROOT, command
+from conftest import LAPTOP, ROOT, command, run
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 import grpo_demo
@@ -425,7 +426,6 @@ WRONG = """
     --push_to_hub
     --hub_token x
     --auto_find_batch_size
-    --deepspeed nosuch.json
     --model_name_or_path ''
     --dataset_name ''
     --output_dir ''
@@ -584,6 +584,14 @@ def test_wrong_environment_is_one_line(tmp_path, monkeypatch, capsys, env):
     out = tmp_path / "out"
     refuse(["--output_dir", str(out)], "W&B", out, capsys)
     assert not out.exists()
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_a_package_that_is_missing_is_named(tmp_path):
+    """In a process of its own: transformers keeps the half-made configuration."""
+    done = run(*LAPTOP, "--deepspeed", "nosuch.json", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2
+    check_one_line_and_no_file(done.stderr, "deepspeed", tmp_path / "out")
 
 
 def test_an_output_directory_that_is_a_dangling_link(tmp_path, capsys):
