@@ -140,15 +140,14 @@ def claim(args: GRPOConfig, config: dict) -> tuple[dict, str | None]:
     new = {"settings": settings_to_compare(config), "wandb_id": token_hex(4), "finished": False}
     new["overwrote"] = args.overwrite_output
     old = read_record(out, args.overwrite_output)
-    files = (str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
-    if not (out / "run.json").exists() and not all(map(LEFT_OVER.match, files)):
-        raise UserError(f"{out} holds other files than those of a run: choose another --output_dir")
     # The same command after a kill: its own half-done run is not moved aside
     same_command = old == {**new, "wandb_id": old.get("wandb_id")}
     if args.overwrite_output and not same_command:
         move_aside(out)
     elif old:
         return old, resume_or_refuse(out, new["settings"], old)
+    elif any(f.is_file() and not LEFT_OVER.match(str(f.relative_to(out))) for f in out.rglob("*")):
+        raise UserError(f"{out} holds other files than those of a run: choose another --output_dir")
     return new, None
 
 

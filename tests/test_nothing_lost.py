@@ -352,14 +352,6 @@ def test_a_directory_in_use_is_left_alone(tmp_path):
     assert not mine.exists() and [file.name for file in aside.iterdir()] == ["run.json"]
 
 
-def test_a_directory_that_is_no_run_is_never_moved_aside(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    args = SimpleNamespace(output_dir=str(tmp_path), overwrite_output=True, process_index=0)
-    with pytest.raises(UserError, match="holds other files"), claim_output(args, {}):
-        pass
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-
-
 def test_another_error_than_a_full_disk_is_passed_on(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path), overwrite_output=False, process_index=0)
     with pytest.raises(UserError, match="cannot load"), claim_output(args, {}):

@@ -144,7 +144,7 @@ RUN = needed("grpo_demo")
 def test_the_code_of_a_run_is_short():
     lines = {name: len(FILES[name].read_text().splitlines()) for name in sorted(RUN)}
     print(sum(lines.values()), lines)
-    assert len(lines) <= 9 and sum(lines.values()) <= 2235  # 1,650 is the aim
+    assert len(lines) <= 9 and sum(lines.values()) <= 2234  # 1,650 is the aim
 
 
 DIFFERENCES = (ROOT / "assets/notes/differences.md").read_text()
