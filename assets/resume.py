@@ -193,7 +193,7 @@ def release(out: Path) -> None:
 def move_aside(out: Path) -> None:
     """Rename the directory, if it holds anything, and lock a new one in its place."""
     if not out.name:
-        raise UserError(f"{out} is this folder, which cannot be moved aside")
+        raise UserError(f"--output_dir {out}: this folder cannot be moved aside")
     if {file.name for file in out.iterdir()} > {LOCK, OWNER}:
         aside = out.rename(out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}"))
         print_once(f"moved the old {out} to {aside}")
