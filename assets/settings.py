@@ -1,7 +1,7 @@
 """Settings: read constants, YAML and flags; refuse what would fail late, or never, in one line.
 
-`read` loads no package, so that `--help` and a wrong value are answered at once; the checks that
-need packages follow. What libraries refuse clearly is left to them.
+`read` loads no large package, so that `--help` and a wrong value are answered at once; the checks
+that need those follow. What libraries refuse clearly is left to them.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def read(argv: list[str], script: dict[str, object]) -> dict[str, object]:
     constants = {name.lower(): value for name, value in script.items() if name.isupper()}
     with as_user_error("grpo_demo.py", UserError):
         parser.override({name: x for name, x in constants.items() if name in parser.takes})
-    for name in constants.keys() - parser.takes.keys():
+    for name in (name for name in constants if name not in parser.takes):
         if near := get_close_matches(name, parser.takes, n=1, cutoff=0.8):  # not a user's own
             raise UserError(f"unknown constant {name.upper()}; did you mean {near[0].upper()}?")
     for file in parser.parse_known_args(argv)[0].config:
