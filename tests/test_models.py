@@ -1,5 +1,6 @@
-"""Other models: their stop tokens, padding and chat templates, on copies of the laptop model."""
+"""Other models: templates, tokenizers, stop tokens, layers, positions; on the laptop's weights."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -7,64 +8,38 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import trl
 from conftest import LAPTOP, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
-from trl import GRPOConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import grpo_demo
-from assets.common import UserError
-from assets.evaluate import Evaluation, generate
-from assets.terminal import Health
+from assets.evaluate import generate
+from assets.settings import UserError
+from assets.trainer import fit_template
 
 torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
 END, TEXT_END, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"  # ids 2, 0 and 1
+REAL = Path(trl.__file__).parent / "chat_templates"  # of many models, as they are released
+TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 CHATML = Path("assets/tiny/chat_template.jinja").read_text()
-QWEN = CHATML.replace("{% for", "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are "
-                      "Qwen.<|im_end|>\n{% endif %}{% for", 1)  # fmt: skip
-QWEN_3 = CHATML[: -len("{% endif %}")] + (
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{% endif %}"
-)
-QWEN_THINKING = QWEN_3.replace(
-    "{% endif %}{% endif %}", "{% else %}<think>\n{% endif %}{% endif %}"
-)
-LLAMA = (
-    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
-    "{% if m.role == 'system' %}Today Date: {{ strftime_now('%d %b %Y') }}\n\n{% endif %}"
-    "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-GEMMA = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + "
-    "m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-R1 = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
-    "{{ '<User>' + m.content }}{% else %}{{ '<Assistant>' + m.content.split('</think>')[-1] + "
-    "'<|endoftext|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<Assistant><think>\n' }}{% endif %}"
-)
-OURS = R1.replace("think>", "reasoning>")  # it drops the reasoning of an example
-DEAF = CHATML.replace("{{ '", "{% if m.role != 'system' %}{{ '", 1).replace(
-    "}}{% endfor", "}}{% endif %}{% endfor"
-)
-TOKENS = {  # that a template needs
-    LLAMA: ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
-    GEMMA: ["<start_of_turn>", "<end_of_turn>"],
+TOKENS = {  # which a template needs
+    "llama3_2": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+    "gemma3": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
 }
 
 
 def make_model(
-    folder: Path, template: str | None = CHATML, stops: object = (), **tokens: str | None
+    folder: Path, template: str | None = CHATML, stops: object = (), more=(), **tokens: str | None
 ) -> Path:
     """Return a copy of the laptop model with another template, stop tokens and special tokens.
 
-    stops   tokens in generation_config.json: one, or a list
-    tokens  eos_token and pad_token of the tokenizer; None: it has none
+    template  its text, or the name of one of TRL's files
+    stops     tokens in generation_config.json: one, or a list
+    more      special tokens to add
+    tokens    eos_token and others of the tokenizer; None: it has none
     """
     shutil.copytree("assets/tiny", folder, dirs_exist_ok=True)
     (folder / "chat_template.jinja").unlink()
@@ -72,12 +47,13 @@ def make_model(
     known = {name: value for name, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(known))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if more := TOKENS.get(template):
+    if more := [*more, *TOKENS.get(template, [])]:
         tokenizer.add_tokens(more, special_tokens=True)
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.save_pretrained(folder)
-    tokenizer.chat_template = template
+    file = REAL / f"{str(template)[:40]}.jinja"
+    tokenizer.chat_template = file.read_text() if file.exists() else template
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(known))
     ids = tokenizer.convert_tokens_to_ids(stops if isinstance(stops, str) else list(stops))
@@ -94,7 +70,7 @@ def prepare(folder: Path, *flags: str, rows: int = 16) -> grpo_demo.GRPOTrainer:
     model = ("--model_name_or_path", str(folder))
     args, model_args = grpo_demo.parse_args([*ours, *model, *flags])
     data = grpo_demo.get_gsm8k_questions("train", args.dataset_name, one_shot=args.one_shot)
-    return grpo_demo.prepare_trainer(args, model_args, data.select(range(rows)))
+    return grpo_demo.build_trainer(args, model_args, data.select(range(rows)))
 
 
 def warnings(capsys) -> list[str]:
@@ -145,64 +121,184 @@ def test_a_run_does_not_depend_on_how_the_end_is_declared(tmp_path, plain, case)
     assert all(torch.equal(p, plain["weights"][name]) for name, p in got["weights"].items())
 
 
+def test_a_generation_config_changes_neither_samples_nor_greedy_answers(tmp_path, plain):
+    folder = make_model(tmp_path, eos_token=END, stops=END)
+    file = folder / "generation_config.json"
+    leaks = {"min_p": 0.99, "suppress_tokens": [5], "no_repeat_ngram_size": 2, "typical_p": 0.5}
+    leaks |= {"num_beams": 2, "min_new_tokens": 9, "num_return_sequences": 2, "top_k": 3}
+    known = {"temperature": 0.3, "top_p": 0.5, "repetition_penalty": 1.3, "max_length": 300}
+    file.write_text(json.dumps(json.loads(file.read_text()) | leaks | known))
+    got = outcome(folder)
+    for name in ("answers", "completions", "logs"):
+        assert got[name] == plain[name], name
+
+
 OFF = "enable_thinking"
-TEMPLATES = {  # template, flags, eos, stop tokens of the file, parts of the expected lines
-    "Qwen2.5": (QWEN, (), END, [END, TEXT_END], []),
-    "Qwen3": (QWEN_3, (), END, [END, TEXT_END], []),
-    "Qwen3 off": (QWEN_3, (f'{{"{OFF}": false}}',), END, [END, TEXT_END], []),
-    "Qwen3 thinking": (QWEN_THINKING, (), END, [END], [("<think>", OFF)]),
-    "Qwen3 thinking off": (QWEN_THINKING, (f'{{"{OFF}": false}}',), END, [END], []),
-    "Llama 3.2": (LLAMA, (), "<|eot_id|>", ["<|end_of_text|>", "<|eot_id|>"], []),
-    "Llama base": (LLAMA, (), "<|end_of_text|>", ["<|end_of_text|>"],
-                   [("<|eot_id|>", "<|end_of_text|>", "[1003, 1000]")]),
-    "Gemma": (GEMMA, (), TEXT_END, [TEXT_END, "<end_of_turn>"], [("system", "first question")]),
-    "Gemma old": (GEMMA, (), TEXT_END, TEXT_END,
-                  [("system", "first question"), ("<end_of_turn>", TEXT_END, "[1001, 0]")]),
-    "R1": (R1, (), TEXT_END, TEXT_END, [("<think>", "another model")]),
-    "R1 with our tag": (OURS, (), TEXT_END, TEXT_END,
-                        [("9 is divisble",), ("<reasoning>", "another model")]),
-    "deaf": (DEAF, (), END, END, [("system", "first question")]),
-    "no token": (CHATML.replace("im_", "IM_"), (), END, END, [("<|IM_end|>", "no token")]),
+FAMILIES = {  # template, flags, eos, stop tokens of the file, parts of the expected lines
+    "Qwen2.5": ("qwen2_5", (), END, [END, TEXT_END], []),
+    "Qwen3": ("qwen3", (), END, [END, TEXT_END], [("<think>", OFF)]),
+    "Qwen3 off": ("qwen3", (f'{{"{OFF}": false}}',), END, [END, TEXT_END], []),
+    "Qwen3.5": ("qwen3_5_think", (), END, [END], [("trims",), ("<think>", OFF)]),
+    "Llama 3.2": ("llama3_2", (), "<|eot_id|>", ["<|eot_id|>"], [("trims",)]),
+    "Llama base": ("llama3_2", (), TEXT_END, [TEXT_END],
+                   [("trims",), ("<|eot_id|>", TEXT_END, "[1003, 0]")]),
+    "Gemma": ("gemma", (), TEXT_END, [TEXT_END, "<end_of_turn>"], [("system",), ("trims",)]),
+    "Gemma 3": ("gemma3", (), TEXT_END, [TEXT_END, "<end_of_turn>"], [("trims",)]),
+    "Phi-3": ("phi3", (), "<|end|>", ["<|end|>"], []),
+    "R1": ("deepseek_r1_distill", (), TEXT_END, TEXT_END, [("end▁of▁sentence",), ("<think>",)]),
+    "no token": (CHATML.replace("im_", "IM_"), (), END, END, [("<|IM_end|>", END)]),
     "Qwen base": (CHATML, (), TEXT_END, TEXT_END, [(END, TEXT_END, "[2, 0]")]),
+    "eos starts a turn": (CHATML, (), START, END, [(START, END)]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("one_shot", ["False", "True"])
-@pytest.mark.parametrize("case", TEMPLATES)
-def test_one_line_for_each_thing_that_does_not_fit(tmp_path, capsys, case, one_shot):
-    template, extra, eos, stops, expected = TEMPLATES[case]
-    folder = make_model(tmp_path, template, stops, eos_token=eos)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_one_line_for_each_thing_that_does_not_fit(tmp_path, capsys, case):
+    template, extra, eos, stops, expected = FAMILIES[case]
+    folder = make_model(tmp_path, template, stops, eos_token=eos, bos_token=None)
     flags = [f"--chat_template_kwargs={text}" for text in extra]
-    trainer = prepare(folder, "--one_shot", one_shot, *flags)
+    trainer = prepare(folder, "--one_shot", "True", *flags)
     lines = warnings(capsys)
     assert len(lines) == len(expected), lines
     for line, parts in zip(lines, expected, strict=True):
         assert all(part in line for part in parts), line
     ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset["prompt"][0]])
     text = trainer.processing_class.decode(ids[0])
-    question, system = trainer.train_dataset["question"][0], grpo_demo.SYSTEM_PROMPT.strip()
-    assert text.count(system) == 1 and text.count(question) == 1
-    example = one_shot == "True" and template != OURS
-    assert text.count(grpo_demo.ONE_SHOT_REASONING) == example
-    assert text.index(system) < text.index(question)
+    messages = [message["content"].strip() for message in trainer.train_dataset["prompt"][0]]
+    assert [text.count(content) for content in messages] == [1, 1, 1, 1]
+    assert trainer.train_dataset["prompt"][0][2]["content"] in text  # with its last newline
 
 
-@pytest.mark.parametrize("thinking", ["true", "false"])
-def test_prompts_are_measured_as_they_are_trained_on(tmp_path, capsys, thinking):
-    """With `enable_thinking` false the template adds an empty block of thoughts."""
-    folder = make_model(tmp_path, QWEN_3, [END], eos_token=END)
-    flag = f'--chat_template_kwargs={{"{OFF}": {thinking}}}'
-    trainer = prepare(folder, flag, "--max_prompt_length", "1")
-    ids, _, _ = trainer._tokenize_prompts(trainer.train_dataset["prompt"][:])
+def test_every_chat_template_of_trl_shows_the_example_whole():
+    """All but those of vision models, which take lists of parts; Llama 3 writes its own bos."""
+    prompt = grpo_demo.make_prompt("How many?", one_shot=True)
+    trimmed = 0
+    for file in sorted(REAL.glob("*.jinja")):
+        if file.stem.endswith("_training") or file.stem in ("idefics3", "smolvlm", "llava_next"):
+            continue
+        tokenizer = AutoTokenizer.from_pretrained("assets/tiny", bos_token=TEXT_END)
+        tokenizer.chat_template = file.read_text()
+
+        def show(tokenizer=tokenizer) -> str:
+            return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+        trimmed += file.stem != "gemma" and prompt[2]["content"] not in show()
+        fit_template(tokenizer, prompt, show)
+        assert all(m["content"].strip() in show() for m in prompt), file.stem
+        assert prompt[2]["content"] in show(), file.stem
+    assert trimmed > 15
+
+
+def letters(folder: Path) -> None:
+    """Give the model a tokenizer of single letters, as some conversions from GGUF do."""
+    known = {chr(code): code - 29 for code in range(32, 127)} | {"\n": 98}
+    special = {TEXT_END: 0, START: 1, END: 2}
+    plain = Tokenizer(models.WordLevel({**special, **known}, unk_token=TEXT_END))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+def another_class(folder: Path) -> None:
+    """Name another kind's class in tokenizer_config.json, as copies of R1 distills do."""
+    changes = {"tokenizer_config": ("tokenizer_class", "LlamaTokenizerFast")}
+    for name, change in (changes | {"config": ("model_type", "llama")}).items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict([change])))
+
+
+BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+BROKEN = {  # what is done to the model's folder, what the error or warning names
+    "tags are special": (lambda f: make_model(f, more=TAGS, eos_token=END), TAGS),
+    "another tokenizer's class": (another_class, ["tokenizer_class"]),
+    "single letters": (letters, ["tokenizer"]),
+    "no template": (lambda f: make_model(f, None, END), ["chat_template.jinja"]),
+    "a template that refuses": (lambda f: make_model(f, "{{ raise_exception('no') }}"), ["no"]),
+    "no stop token": (lambda f: make_model(f, BARE, eos_token=None, pad_token=None), ["eos_token"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_the_rewards_could_not_see_is_refused(tmp_path, capsys, case):
+    change, named = BROKEN[case]
+    change(make_model(tmp_path, eos_token=END, stops=END))
+    try:
+        prepare(tmp_path)
+        said = "".join(warnings(capsys))
+    except UserError as error:
+        said = str(error)
+    assert said and all(name in said for name in named), said
+
+
+def test_a_prompt_begins_with_one_bos(tmp_path):
+    """The template writes it, and the tokenizer would add one too."""
+    bos = "<|begin_of_text|>"
+    folder = make_model(tmp_path, "llama3_2", "<|eot_id|>", eos_token="<|eot_id|>", bos_token=bos)
+    trainer = prepare(folder)
+    trainer.processing_class.add_bos_token = True
+    ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset["prompt"][0]])
+    assert ids[0].count(trainer.processing_class.bos_token_id) == 1
+
+
+def other_architecture(folder: Path, kind: str, **sizes: int) -> Path:
+    """Return a random model of another architecture, with the laptop's tokenizer."""
+    shutil.copytree("assets/tiny", folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = {name: tokenizer.eos_token_id for name in ("eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), bos_token_id=0, **ends, **sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+PHI_3 = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+PHI_3 |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def test_lora_names_the_layers_that_it_leaves_out(tmp_path, capsys):
+    folder = other_architecture(tmp_path, "phi3", **PHI_3)
+    prepare(folder, "--use_peft")
     (line,) = warnings(capsys)
-    assert f"16 of 16 prompts have over 1 tokens (up to {max(map(len, ids))})" in line
-    text = trainer.processing_class.decode(ids[0])
-    assert text.endswith("</think>\n\n") == (thinking == "false")
+    assert "qkv_proj" in line and "gate_up_proj" in line and "lm_head" not in line
+    kinds = line.partition("--lora_target_modules ")[2].split()
+    prepare(folder, "--use_peft", "--lora_target_modules", *kinds)
+    assert warnings(capsys) == []
+
+
+def test_a_model_with_absolute_positions_is_scored_where_it_samples(tmp_path):
+    """Log-probabilities of a left-padded row are those of the row without padding."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
+    trainer = prepare(other_architecture(tmp_path, "gpt2", **sizes))
+    trainer.model.eval()
+    batch, mask = torch.randint(5, 300, (2, 27)), torch.ones(2, 27, dtype=torch.long)
+    batch[0, :7] = mask[0, :7] = 0
+    score = functools.partial(trainer._get_per_token_logps_and_entropies, trainer.model)
+    with torch.no_grad():
+        (alone, *_), (both, *_) = score(batch[:1, 7:], mask[:1, 7:], 8), score(batch, mask, 8)
+    assert torch.allclose(both[0], alone[0], atol=1e-5)
+
+
+def test_an_adapter_that_moves_the_reference_is_refused(tmp_path):
+    lora = ("--use_peft", "--lora_dropout", "0", "--max_steps", "1", "--evaluate", "False")
+    done = run(*LAPTOP, *lora, "--report_to", "none", "--output_dir", tmp_path / "lora")
+    assert done.returncode == 0, done.stderr[-2000:]
+    file = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+    file.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    with pytest.raises(UserError, match="beta"):
+        prepare(tmp_path / "lora")
+    file.write_text(json.dumps(config | {"base_model_name_or_path": "models/nowhere"}))
+    with pytest.raises(UserError, match="nowhere"):
+        prepare(tmp_path / "lora")
 
 
 def test_a_model_without_a_system_role_trains_and_its_copy_takes_one(tmp_path):
     """The messages are the same for training, evaluation and whoever loads the trained model."""
-    folder = make_model(tmp_path / "gemma", GEMMA, ["<end_of_turn>"], eos_token=TEXT_END)
+    folder = make_model(tmp_path / "gemma", "gemma", "<end_of_turn>", eos_token=TEXT_END)
     step = ("--max_steps", 1, "--per_device_train_batch_size", 16, "--eval_samples", 4)
     out = ("--output_dir", tmp_path / "out", "--report_to", "none")
     done = run(*LAPTOP, "--model_name_or_path", folder, *step, *out)
@@ -210,26 +306,11 @@ def test_a_model_without_a_system_role_trains_and_its_copy_takes_one(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = grpo_demo.make_prompt("How many?", one_shot=True)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    parts = ["<start_of_turn>user\nRespond", "</answer>\n\nWhat is the largest"]
+    parts = ["Respond in the following format", messages[2]["content"] + "<end_of_turn>"]
     assert all(text.count(part) == 1 for part in parts)
     assert text.endswith("How many?<end_of_turn>\n<start_of_turn>model\n")
     again = run(*LAPTOP, "--eval_only", "--model_name_or_path", tmp_path / "out", *step, *out)
     assert again.returncode == 0 and "system role" not in again.stderr, again.stderr
-
-
-def test_what_cannot_work_is_refused(tmp_path):
-    none = {"eos_token": None, "pad_token": None}
-    plain_text = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    cases = {
-        "chat_template.jinja": make_model(tmp_path / "base", None, END),
-        "eos_token in tokenizer_config.json": make_model(tmp_path / "endless", plain_text, **none),
-        "must alternate": make_model(
-            tmp_path / "broken", "{{ raise_exception('must alternate') }}"
-        ),
-    }
-    for text, folder in cases.items():
-        with pytest.raises(UserError, match=text):
-            prepare(folder)
 
 
 def test_the_saved_model_keeps_every_stop_token(tmp_path):
@@ -240,72 +321,3 @@ def test_the_saved_model_keeps_every_stop_token(tmp_path):
     trainer.save_model()
     saved = json.loads((folder / "out" / "generation_config.json").read_text())
     assert set(saved["eos_token_id"]) == {0, 1, 2} == set(trainer.eos_token_ids)
-
-
-def test_the_evaluation_counts_answers_that_go_on_after_a_special_token(tmp_path, capsys):
-    """A model that ends its answers with a token that generation does not stop at."""
-    folder = make_model(tmp_path, stops=TEXT_END, eos_token=TEXT_END, pad_token=TEXT_END)
-    trainer = prepare(folder)
-    capsys.readouterr()
-    evaluation = Evaluation(trainer.args, str(folder), trainer.train_dataset, grpo_demo.make_prompt)
-    answers = evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
-    evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
-    strays = [answer["stray"] for answer in answers]
-    assert set(strays) <= {"", START, END} and strays.count(END) > 8
-    (line,) = warnings(capsys)
-    assert f"{len(strays) - strays.count('')} of 16 completions" in line and END in line
-
-
-@pytest.mark.parametrize(("stops", "lines"), [(TEXT_END, 1), ([TEXT_END, END], 0)])
-def test_without_an_evaluation_the_first_step_counts_them(tmp_path, stops, lines):
-    folder = make_model(tmp_path / "model", stops=stops, eos_token=TEXT_END, pad_token=TEXT_END)
-    steps = ("--max_steps", 2, "--per_device_train_batch_size", 16, "--save_strategy", "no")
-    out = ("--output_dir", tmp_path / "out", "--report_to", "none", "--evaluate", "False")
-    done = run(*LAPTOP, "--model_name_or_path", folder, *steps, *out)
-    assert done.returncode == 0 and done.stderr.count("completions go on after") == lines
-
-
-@pytest.mark.parametrize(
-    ("logs", "said"),
-    [
-        ({}, "--max_completion_length"),
-        ({"rewards/soft_format_reward_func/mean": 0.3}, "eos_token_id"),
-        ({"kl": 3.0}, "--learning_rate"),
-        ({"completions/clipped_ratio": 0.5, "kl": 3.0}, None),
-    ],
-)
-def test_why_completions_are_cut_off(capsys, logs, said):
-    formats = {f"rewards/{name}_format_reward_func/mean": 0.0 for name in ("soft", "strict")}
-    formats = formats if logs else {}  # a run with other rewards
-    usual = {"reward": 1.0, "completions/clipped_ratio": 0.8, "kl": 0.3, **formats}
-    health, state = Health(), TrainerState(global_step=3)
-    for _ in range(2):
-        health.on_log(GRPOConfig, state, TrainerControl(), logs=usual | logs)
-    lines = warnings(capsys)
-    assert len(lines) == (said is not None) and all(said in line for line in lines)
-
-
-def test_an_adapter_whose_base_is_missing_and_one_of_another_rank(tmp_path):
-    peft = ("--use_peft", "--lora_r", 4, "--lora_dropout", 0)
-    small = (
-        "--max_steps",
-        1,
-        "--evaluate",
-        "False",
-        "--report_to",
-        "none",
-        "--max_completion_length",
-        8,
-    )
-    done = run(*LAPTOP, *small, *peft, "--output_dir", tmp_path / "lora")
-    assert done.returncode == 0, done.stderr[-2000:]
-    adapter = ("--model_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / "further")
-    done = run(*LAPTOP, *small, "--lora_r", 32, *adapter)
-    assert done.returncode == 0 and "the loaded adapter has rank 4" in done.stderr
-    file = tmp_path / "lora" / "adapter_config.json"
-    file.write_text(file.read_text().replace("assets/tiny", "models/nowhere"))
-    done = run(
-        *LAPTOP, *small, "--model_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / "c"
-    )
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "an adapter of 'models/nowhere'" in line

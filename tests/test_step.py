@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import trl
 from conftest import LAPTOP, ROOT, TWO
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -45,8 +46,8 @@ def float64():
     """Make float32 mean float64: TRL fixes it for rewards and log-probs, transformers for norms."""
     single = torch.float32
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("float32", "float"):
-            patch.setattr(torch, name, torch.float64)
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
         try:
@@ -122,7 +123,14 @@ def from_scratch(batches: tuple) -> list[dict]:
 class FixedTrainer(grpo_demo.GRPOTrainer):
     """The script's trainer with fixed completions for sampled ones; keeps them and the rewards."""
 
-    batches = ()
+    batches, widths, batch = (), (), ()
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        def measured(input_ids, **inputs):  # how wide is what the model really sees?
+            self.widths += (input_ids.shape,)
+            return model(input_ids=input_ids, **inputs)
+
+        return super()._get_per_token_logps_and_entropies(measured, *args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         tokenizer, completions = self.processing_class, []
@@ -147,30 +155,36 @@ class Keep(TrainerCallback):
         self.record = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.record.append({"grads": {n: p.grad.clone() for n, p in model.named_parameters()}})
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        self.record.append({"grads": grads})
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.record[-1]["weights"] = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if "loss" in logs:
-            self.record[-1] |= {"loss": logs["loss"], "kl": logs["kl"] if args.beta else 0.0}
+        self.record[-1] |= {"kl": 0.0, "logs": logs} | logs if "loss" in logs else {}
 
 
-@float64()
 def train(out: object, *flags: object) -> tuple[tuple, list[dict]]:
-    """Take the steps with the script's trainer; return their batches and their record."""
+    """Take the steps with the script's trainer in float64; return their batches and record."""
+    with float64():
+        trainer, record = train_as(FixedTrainer, out, *flags)
+    return trainer.batches, record
+
+
+def train_as(kind: type, out: object, *flags: object) -> tuple[trl.GRPOTrainer, list[dict]]:
+    """Take the steps with a kind of trainer; return it, and the record of `Keep`."""
     ours = f"--max_steps {STEPS} --num_generations {GROUP} --per_device_train_batch_size 8"
     ours += f" --output_dir {out} --report_to none --save_strategy no --log_completions False"
     args, model_args = grpo_demo.parse_args([*LAPTOP, *ours.split(), *map(str, flags)])
     rows = grpo_demo.get_gsm8k_questions("train", TINY).map(lambda row: {"answer": "20"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo_demo, "GRPOTrainer", FixedTrainer)
-        trainer = grpo_demo.prepare_trainer(args, model_args, rows)
+        patch.setattr(grpo_demo, "GRPOTrainer", kind)
+        trainer = grpo_demo.build_trainer(args, model_args, rows)
     keep = Keep()
     trainer.add_callback(keep)
     trainer.train()
-    return trainer.batches, keep.record
+    return trainer, keep.record
 
 
 def errors(theirs: list[dict], ours: list[dict]) -> dict[str, float]:
@@ -186,16 +200,12 @@ def errors(theirs: list[dict], ours: list[dict]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [],
-        ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"],
-        ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"],
-        ["--gradient_checkpointing", "True"],
-    ],
-    ids=["8x1", "2x4", "1x8", "checkpointing"],
-)
+SIZE, PARTS = "--per_device_train_batch_size", "--gradient_accumulation_steps"
+WAYS = {"8x1": [], "2x4": [SIZE, 2, PARTS, 4], "1x8": [SIZE, 1, PARTS, 8]}
+WAYS |= {"checkpointing": ["--gradient_checkpointing", True]}
+
+
+@pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
 def test_the_trainer_is_the_formula(tmp_path, flags):
     batches, record = train(tmp_path, *flags)
     assert len(record) == STEPS and record[-1]["kl"] > 0.01
@@ -203,26 +213,73 @@ def test_the_trainer_is_the_formula(tmp_path, flags):
     assert max(errors(record, from_scratch(batches)).values()) < 1e-10
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--loss_type", "dapo"], ["--beta", "0.0"], ["--use_bias_correction_kl", "True"],
-     ["--scale_rewards", "none"], ["--temperature", "0.9"], ["--warmup_steps", "0"]],
-    ids=lambda flags: flags[0][2:],
-)  # fmt: skip
-def test_a_wrong_setting_is_seen(tmp_path, flags):
-    batches, record = train(tmp_path, *flags)
+WRONG = "loss_type dapo|beta 0.0|use_bias_correction_kl True|scale_rewards none|temperature 0.9"
+
+
+@pytest.mark.parametrize("setting", [*WRONG.split("|"), "warmup_steps 0"])
+def test_a_wrong_setting_is_seen(tmp_path, setting):
+    batches, record = train(tmp_path, *f"--{setting}".split())
     assert max(errors(record, from_scratch(batches)).values()) > 1e-4
 
 
 def test_two_processes_take_the_same_steps(tmp_path):
     """The middle one of the three groups is split: half of it is in each process."""
-    size, script = "--per_device_train_batch_size", "tests/test_step.py"
-    launch = [*TWO, script, tmp_path, size, "6"]
+    launch = [*TWO, "tests/test_step.py", tmp_path, SIZE, "6"]
     done = subprocess.run(map(str, launch), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    batches, record = train(tmp_path, size, "12")
+    batches, record = train(tmp_path, SIZE, "12")
     assert all(len(set(prompts)) == 3 for prompts, *_ in batches)
     assert max(errors(torch.load(tmp_path / "record.pt"), record).values()) < 1e-10
+
+
+LENGTHS = [1, 4, 9, 17, 26, 37, 50, 64]  # of the completions of a step; 64 is the limit
+
+
+class SpreadTrainer(FixedTrainer):
+    """Completions of all lengths, from one token to the limit, which alone has no end."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        tokenizer, rows = self.processing_class, []
+        for i, prompt in enumerate(prompt_ids):
+            length = LENGTHS[5 * i % len(LENGTHS)]
+            text = "".join(answer.format(n=sum(prompt) % 100 + i) for answer in ANSWERS)
+            row = tokenizer(text)["input_ids"][:length]
+            rows.append(row if length == LENGTHS[-1] else [*row[:-1], tokenizer.eos_token_id])
+        return rows, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, ids):
+        more = torch.tensor([[len(row) % 7 / 7] for row in ids])
+        return super()._calculate_rewards(inputs, prompts, completions, ids) + more
+
+
+class SpreadBare(SpreadTrainer):
+    """The same completions by TRL's own trainer, without this project's changes."""
+
+    _prepare_inputs = trl.GRPOTrainer._prepare_inputs
+    _get_per_token_logps_and_entropies = trl.GRPOTrainer._get_per_token_logps_and_entropies
+
+
+PEFT, BF16 = "--use_peft --lora_dropout 0", "--bf16 True"
+CASES = [(1, more) for more in ("", PEFT, "--gradient_checkpointing True", BF16)]
+CASES += [(2, more) for more in ("", "--loss_type dapo", "--loss_type bnpo")] + [(8, "")]
+
+
+@pytest.mark.parametrize(("size", "more"), CASES)
+def test_without_padding_the_numbers_are_trls(tmp_path, size, more):
+    """Two steps from the same weights (the first has learning rate 0), by both trainers.
+
+    bf16 keeps 8 bits, and a product of matrices of another shape rounds some values otherwise.
+    """
+    flags = f"{SIZE} {size} {PARTS} {8 // size} --max_steps 2 --warmup_steps 1 {more}".split()
+    ours, record = train_as(SpreadTrainer, tmp_path, *flags)
+    _, expected = train_as(SpreadBare, tmp_path, *flags)
+    relative, absolute = {BF16: (1e-2, 1e-3), PEFT: (3e-6, 1e-7)}.get(more, (1e-6, 1e-7))
+    for a, b in zip(record, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert a["logs"][name] == pytest.approx(b["logs"][name], rel=relative, abs=absolute)
+    rows, columns = torch.tensor(ours.widths).T
+    share = ((rows * columns).sum() / rows.sum() / columns.max()).item()
+    assert share < {1: 0.75, 2: 0.8, 8: 1.01}[size] or "bnpo" in more
 
 
 if __name__ == "__main__":  # one of the two processes

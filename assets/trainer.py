@@ -1,0 +1,248 @@
+"""The trainer: what is trained is what was sampled. Model and tokenizer are checked for that."""
+
+import inspect
+import os
+import re
+import socket
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+
+import torch
+import trl
+from datasets import Dataset
+from jinja2 import TemplateError
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.functional import pad
+from transformers import GenerationConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.pytorch_utils import Conv1D
+from trl.trainer.utils import split_tensor_dict
+
+from assets.settings import UserError, as_user_error, print_error
+from rewards import count_xml, score
+
+TRIM = re.compile(r"\s*\|\s*trim\b(?!\()|\.strip\(\)")  # in a chat template
+# Goes before a chat template without a system role
+MERGE_SYSTEM = """\
+{%- if messages[0]['role'] == 'system' %}
+    {%- set text = messages[0]['content'] + '\\n' + messages[1]['content'] %}
+    {%- set messages = [{'role': 'user', 'content': text}] + messages[2:] %}
+{%- endif %}"""
+
+
+def order_matters(args: trl.GRPOConfig) -> bool:
+    """Return whether the loss has a mean over a micro-batch's tokens: its rows then matter."""
+    entropy = args.top_entropy_quantile < 1 or args.entropy_coef or args.use_adaptive_entropy
+    return bool(args.loss_type == "bnpo" or entropy or args.router_aux_loss_coef)
+
+
+def call_without_padding(model, positions: bool, input_ids, attention_mask, labels, **kwargs):
+    """Call the model without the columns in which no row has a token; their outputs are 0.
+
+    A left-padded row's first token is at position 0, as in `generate`, if `positions` are passed.
+    """
+    used = attention_mask.any(0).nonzero()
+    start, end = used[0].item(), used[-1].item() + 1
+    cut = {"attention_mask": attention_mask[:, start:end], "labels": labels[:, start:end]}
+    if positions:
+        cut["position_ids"] = (cut["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=input_ids[:, start:end], **cut, **kwargs)
+    for name in {"log_probs", "entropy"} & output.keys():
+        output[name] = pad(output[name], (start, input_ids.shape[1] - end))
+    return output
+
+
+def sync_exactly(sync: Callable, model: PeftModel) -> None:
+    """Send merged weights to vLLM by `sync`; put the base back, which in bf16 would drift."""
+    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    kept = [(layer, layer.weight, layer.weight.detach().clone()) for layer in layers]
+    sync()
+    for layer, weight, values in kept:
+        weight.data.copy_(values)
+        layer.weight = weight  # of a quantized layer, merging makes another one
+
+
+class GRPOTrainer(trl.GRPOTrainer):  # the same name: W&B's timers are named after the class
+    """TRL's trainer with TRL's loss, but these differences:
+
+    Padding: a micro-batch has rows of similar length, and is no wider than its own longest row.
+    Advantages in float64: of equal rewards exactly 0. A float32 mean can be one unit off.
+    Positions as in sampling, for a model that learned absolute ones (GPT-2).
+    """
+
+    def __init__(self, *args, **kwargs):
+        with socket.socket() as free:  # two runs with vLLM that start together take one port
+            free.bind(("", 0))
+            os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
+        super().__init__(*args, **kwargs)
+        if self.use_vllm:
+            engine, stops = self.vllm_generation, {"stop_token_ids": self.eos_token_ids}
+            engine.generation_kwargs = engine.generation_kwargs | stops
+            if isinstance(engine.model, PeftModel):
+                engine.sync_weights = partial(sync_exactly, engine.sync_weights, engine.model)
+            if self.args.vllm_mode == "colocate":  # vLLM has set the seed to its own
+                rank = self.args.process_index // self.args.vllm_tensor_parallel_size
+                set_seed(self.args.seed + rank)
+
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, keep, batch_size=None, **kwargs):
+        order = (mask.sum(1) * bool(batch_size and batch_size < len(ids))).argsort(stable=True)
+        base = self.accelerator.unwrap_model(self.model)
+        base = base.get_base_model() if isinstance(base, PeftModel) else base
+        takes = inspect.signature(type(base).forward).parameters
+        rotary = getattr(base.config.get_text_config(), "rope_parameters", None)
+        call = partial(call_without_padding, model, "position_ids" in takes and not rotary)
+        scores = super()._get_per_token_logps_and_entropies(
+            call, ids[order], mask[order], keep, batch_size, **kwargs
+        )
+        return tuple(x if x is None or x.ndim == 0 else x[order.argsort()] for x in scores)
+
+    def _prepare_inputs(self, generation_batch):
+        before, n = self._buffered_inputs, self.args.gradient_accumulation_steps
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or n == 1 or order_matters(self.args):
+            return inputs
+        buffer = self._buffered_inputs
+        steps = [buffer[i : i + n] for i in range(0, len(buffer), n)]  # of the optimizer
+        self._buffered_inputs = [batch for step in steps for batch in in_order_of_length(step)]
+        return self._buffered_inputs[self._step % len(buffer)]
+
+    def _calculate_rewards(self, *args):
+        return super()._calculate_rewards(*args).double()
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        exact = batch["advantages"]  # in float64; what is not 0, but tiny, is rounding
+        return batch | {"advantages": exact.where(exact.abs() > 1e-8, 0).float()}
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluate as TRL does; training keeps its completions and its random numbers."""
+        logs, self._logs = self._logs, deepcopy(self._logs)
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super().evaluate(*args, **kwargs)
+        self._logs = logs
+        return metrics
+
+    def log(self, logs, start_time=None):
+        """Log as TRL does, but completions only at a step of training, and only once."""
+        wanted, self.log_completions = self.log_completions, self.log_completions and "loss" in logs
+        super().log(logs, start_time)
+        self.log_completions = wanted
+
+
+def in_order_of_length(batches: list[dict]) -> list[dict]:
+    """Return the micro-batches with their rows sorted by length, the shortest in the first one."""
+    whole = {k: torch.cat([b[k] for b in batches]) if x.ndim else x for k, x in batches[0].items()}
+    order = (whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)).argsort(stable=True)
+    return split_tensor_dict({k: x[order] if x.ndim else x for k, x in whole.items()}, len(batches))
+
+
+def check_model(args, model, tokenizer: Tokenizer, prompt: list[dict], rows: Dataset) -> None:
+    """Check that the format can be learned (UserError) and that prompts fit; warn of what is lost.
+
+    prompt: messages (system, example question, example answer, question); rows: column prompt
+    """
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")  # `generate` obeys all others too
+    kept = {name: getattr(model.generation_config, name) for name in kept}
+    model.generation_config = GenerationConfig(**kept)
+    if not tokenizer.chat_template:
+        raise UserError("no chat template: use the instruct version, or add chat_template.jinja")
+    options = {"tokenize": False, **(args.chat_template_kwargs or {})}
+    show = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **options)
+    with as_user_error("the chat template cannot show a prompt", TemplateError):
+        fit_template(tokenizer, prompt, partial(show, prompt))
+        turn = tokenizer.apply_chat_template(prompt[:3], **options)
+    check_stops(model, tokenizer, *turn.rpartition(prompt[2]["content"].rstrip())[::2])
+    check_tokens(tokenizer, prompt, show(prompt))
+    encoded = tokenizer(show(rows["prompt"][:]), add_special_tokens=False)["input_ids"]
+    lengths = [len(ids) for ids in encoded]
+    if long := sum(n > args.max_prompt_length for n in lengths):
+        over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
+        print_error(f"warning: {over} (up to {max(lengths)}); they are kept whole")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and (longest := max(lengths) + args.max_completion_length) > positions:
+        why = f"a prompt and its completion may take {longest} tokens, the model takes {positions}"
+        raise UserError(f"{why}: lower --max_completion_length")
+
+
+def fit_template(tokenizer: Tokenizer, prompt: list[dict], show: Callable[[], str]) -> None:
+    """Let the chat template `show` each message whole, with the example's last newline.
+
+    Without a system role, the system prompt goes in front of the first question.
+    """
+    system, _, example, _ = [message["content"] for message in prompt]
+    try:
+        shown = show().count(system.strip())
+    except TemplateError:  # "System role not supported"
+        shown = 0
+    if system.strip() and shown != 1:
+        tokenizer.chat_template = MERGE_SYSTEM + tokenizer.get_chat_template()
+        print_error("warning: the chat template has no system role: it goes before the question")
+    if example not in show() and example.strip() in show():
+        tokenizer.chat_template = TRIM.sub("", tokenizer.get_chat_template())
+        done = "that is taken out of it" if example in show() else "the example lost its newline"
+        print_error(f"warning: the chat template trims messages: {done}")
+
+
+def check_tokens(tokenizer: Tokenizer, prompt: list[dict], text: str) -> None:
+    """Check that template (`text`) and tokenizer keep the prompt, and the example's format."""
+    example = prompt[2]["content"]
+    ids, answer = tokenizer([text, example], add_special_tokens=False)["input_ids"]
+    read = tokenizer.decode(answer, skip_special_tokens=True)
+    if count_xml(read) < count_xml(example) or score(read, "") != score(example, ""):
+        tokens = tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in tokens if token.special and token.content in example]
+        cure = f"let {special} not be special" if special else "is its tokenizer_class right?"
+        raise UserError(f"the tokenizer makes {read[:60]!r} of the format: {cure}")
+    if len(answer) > 0.8 * len(example):
+        print_error("warning: the tokenizer cuts texts into single letters: use the model's own")
+    shown = tokenizer.decode(ids)
+    if lost := [m["content"][:50] for m in prompt if m["content"].strip() not in shown]:
+        print_error(f"warning: chat template or tokenizer lose or change {lost}")
+    thinks = re.search(r"<\w+>\s*$", text)
+    if thinks or ("enable_thinking" in tokenizer.get_chat_template() and "</think>" not in text):
+        cure = """use --chat_template_kwargs '{"enable_thinking": false}', or another model"""
+        print_error(f"warning: completions begin with <think>, so no format is earned: {cure}")
+
+
+def check_stops(model: PreTrainedModel, tokenizer: Tokenizer, start: str, rest: str) -> None:
+    """Check that generation stops as the template ends a turn; it shows `start`, text, `rest`."""
+    rest, ids = rest.strip(), tokenizer.get_added_vocab()
+    end = max((token for token in ids if rest.startswith(token)), key=len, default=None)
+    stops = model.generation_config.eos_token_id  # TRL stops there, and at the tokenizer's
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    eos = tokenizer.eos_token
+    if eos is None or (end and eos != end and eos in start):  # as in GGUF files of Llama
+        if not (end or stops):
+            raise UserError("no token stops generation: set eos_token in the model's folder")
+        tokenizer.eos_token = tokenizer.pad_token = end or tokenizer.convert_ids_to_tokens(stops[0])
+        print_error(f"warning: eos_token is {eos}; {tokenizer.eos_token} is used instead")
+    stops = sorted({tokenizer.eos_token_id, *stops} - {None})
+    if rest and (not end or ids[end] not in stops):
+        cure = f": set eos_token_id {[ids[end], *stops]} in generation_config.json" if end else ""
+        ends = f"a turn ends with {end or rest!r}, generation at {tokenizer.decode(stops)}"
+        print_error(f"warning: {ends}{cure}")
+
+
+def check_trainer(trainer: trl.GRPOTrainer) -> None:
+    """Warn of layers without adapter; UserError if the weights or the reference would be others."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision
+    wanted = kinds.get(trainer.accelerator.mixed_precision)
+    cast = wanted and any(p.dtype != wanted for p in model.parameters())
+    if args.use_transformers_continuous_batching and cast:
+        cure = "add --bf16 False --fp16 False, or train in bfloat16, without LoRA"
+        raise UserError(f"continuous batching would cast the weights to {wanted}: {cure}")
+    if not isinstance(model, PeftModel):
+        return
+    start = str(model.peft_config["default"].init_lora_weights)
+    if args.beta and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise UserError(f"{start} changes the base weights, the KL's reference: use --beta 0")
+    layers = [item for item in model.named_modules() if "lora_" not in item[0]]
+    adapted = {name.split(".")[-1] for name, layer in layers if isinstance(layer, BaseTunerLayer)}
+    linear = [name for name, layer in layers if isinstance(layer, (torch.nn.Linear, Conv1D))]
+    linear = {name.removesuffix(".base_layer").split(".")[-1] for name in linear}
+    if bare := sorted(linear - adapted - {"lm_head", "embed_out"}):
+        flag = f"--lora_target_modules {' '.join([*sorted(adapted), *bare])}"
+        print_error(f"warning: no adapter on {', '.join(bare)}: to add them, {flag}")
