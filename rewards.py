@@ -1,44 +1,19 @@
-"""The five reward functions of willccbb's `grpo_demo.py`, and the four scores of the evaluation.
+"""The five reward functions of willccbb's `grpo_demo.py`, and strict and lenient accuracy.
 
-    python rewards.py      # seven example completions and how each reward scores them
-
-Source: gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb. Standard library only. TRL calls
-each reward with lists, one entry per completion, and expects one float per completion:
-
-    reward(prompts=..., completions=..., answer=..., **kwargs) -> list[float]
-
-    completions  [{"role": "assistant", "content": text}] each
-    answer       the gold answer of each, a string
-    kwargs       other columns of the dataset and TRL's own arguments; ignored
-
-A perfect completion earns 4.0. No function raises an exception, whatever the text.
+`python rewards.py` prints what they give seven examples. TRL calls a reward with `completions`,
+each `[{"role": "assistant", "content": text}]`, and the data's columns (`answer`: gold answers).
+Source: gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb
 """
 
 import asyncio
 import re
-import sys
-from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from types import SimpleNamespace
 
-# `(?s)` lets the dot match newlines; without it multi-line reasoning never earns a format reward.
-# `++`, `*+` and `(?>...)` do not backtrack: same matches, linear time on hostile input.
-SOFT_FORMAT = re.compile(
-    r"(?s)<reasoning>(?:[^<]++|<(?!/reasoning>\s*<answer>))*+</reasoning>\s*<answer>.*?</answer>"
-)
+# (?s): the dot matches newlines too. (?>...), ++ and *+ do not backtrack: linear time
+SOFT_FORMAT = re.compile(r"(?s)<reasoning>(?>.*?</reasoning>\s*<answer>).*?</answer>")
 STRICT_FORMAT = re.compile(r"(?s)^<reasoning>\n(?>.*?\n</reasoning>\n<answer>\n).*?\n</answer>\n$")
-# What TeX, HTML and Unicode write for a plain character, replaced in this order
-TYPESET = dict(zip("−–‒‑⁄’€£¥~\u00a0\u2007\u2009\u202f", "----/'$$$     ", strict=True))
-TYPESET |= {r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\ ": " ", "{,}": ",", "{ }": " "}
-TYPESET |= {r"\$": "$", "<sup>": "^", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34"}
-SIGN = r"(?:(?<![0-9)])\$-|(?<![-0-9A-Za-z)%°$²³])(?<![0-9%] )-)?(?:\$ ?)?"  # none in `10-3`
-SPACED = r"[1-9][0-9]{0,2}(?: [0-9]{3}(?![0-9]|-[A-Za-z]))++"  # 9 500, but not `9 500-page`
-INTEGER = rf"(?:[0-9]{{1,3}}(?:[,'][0-9]{{3}}(?![0-9]))++|{SPACED}|[0-9]++)"
-DECIMAL = rf"{INTEGER}(?:\.[0-9]++)?|(?<![.0-9A-Za-z])\.[0-9]++"
-NUMBER = re.compile(
-    rf"(?P<sign>{SIGN})(?:(?P<whole>{INTEGER}) (?=[0-9]++/[0-9]))?(?P<top>{DECIMAL})"
-    r"(?:/(?P<bottom>[0-9]++))?(?P<power>[²³]|(?:\^[{(]?|[eE])[-+]?[0-9]++)?"
-)
 
 
 def extract_xml_answer(text: str) -> str:
@@ -48,28 +23,17 @@ def extract_xml_answer(text: str) -> str:
 
 def extract_hash_answer(text: str) -> str | None:
     """Return GSM8K's gold answer: the text after `####` without `,` and `$`, or None (gist)."""
-    if "####" not in text:
-        return None
-    return text.split("####")[1].strip().replace(",", "").replace("$", "")
+    gold = text.split("####")[1:2]
+    return gold[0].strip().replace(",", "").replace("$", "") if gold else None
 
 
 def count_xml(text: str) -> float:
-    """Return the gist's partial credit: 0.125 per tag, minus a penalty for text after the end.
-
-    Each character after the end costs 0.002: two splits charge 0.001 each. Without the final
-    newline the first one returns the whole text, so its full length is penalized.
-    """
-    count = 0.0
-    if text.count("<reasoning>\n") == 1:
-        count += 0.125
-    if text.count("\n</reasoning>\n") == 1:
-        count += 0.125
-    if text.count("\n<answer>\n") == 1:
-        count += 0.125
-        count -= len(text.split("\n</answer>\n")[-1]) * 0.001
+    """Return 0.125 for each tag, minus 0.002 per character after `\\n</answer>\\n` (or of all)."""
+    count = 0.125 * sum(text.count(tag) == 1 for tag in ("<reasoning>\n", "\n</reasoning>\n"))
+    if text.count("\n<answer>\n") == 1:  # without the final newline, the split returns all
+        count = count + 0.125 - len(text.split("\n</answer>\n")[-1]) * 0.001
     if text.count("\n</answer>") == 1:
-        count += 0.125
-        count -= (len(text.split("\n</answer>")[-1]) - 1) * 0.001  # the final newline is free
+        count = count + 0.125 - (len(text.split("\n</answer>")[-1]) - 1) * 0.001
     return count
 
 
@@ -100,7 +64,7 @@ def simple_correctness_reward_func(completions: list, answer: list[str], **kwarg
 
 
 correctness_reward_func = simple_correctness_reward_func  # its name in the gist
-REWARD_FUNCS = [  # in the gist's order
+REWARD_FUNCS = [
     xmlcount_reward_func,
     soft_format_reward_func,
     strict_format_reward_func,
@@ -108,88 +72,82 @@ REWARD_FUNCS = [  # in the gist's order
     simple_correctness_reward_func,
 ]
 
-
-def plain(text: str) -> str:
-    """Return the text with its numbers in plain characters, without the exponents of units."""
-    for typeset, typed in TYPESET.items():
-        text = text.replace(typeset, typed)
-    text = re.sub(r"\\(?<=[0-9]\\)", r" \\", text)  # 1\frac12 is a mixed number
-    fraction = r"\\[a-z]{0,4}frac(?:\{(-?[0-9.,]++)\}\{([0-9]++)\}|([0-9])([0-9]))"
-    text = re.sub(fraction, r"\1\3/\2\4", text)
-    text = re.sub(r"m[23](?![,.]?[0-9])", "m", text)
-    return re.sub(r"\^(?<![0-9]\^)[{(]?-?[0-9]++", "", text)
+# Typeset -> plain, in this order; last: exponents of units, full hours, decimal commas
+PLAIN = {r"[−–‒‑]|\b(?i:negative|minus) (?=[$\d])": "-", r"\\!|\{(?=[,.]\})|(?<=\{[,.])\}": ""}
+PLAIN |= {r"\{\\,\}|\\[,;: ]|[~\u00a0\u2007\u2009\u202f]": " ", "= - ": "= -", "<sup>": "^"}
+PLAIN |= {r"\\?[$€£¥₹]": "$", r"\\times|\\cdot|×": "*", r"\\div|[÷⁄]": "/", r"\\sqrt\{": "√"}
+PLAIN |= {"²": "^2", "³": "^3", "½": r"\\frac12", "¼": r"\\frac14", "¾": r"\\frac34", r"\\pi": "π"}
+PLAIN |= {"’": "'", r"(?<=\d)(?=\\[a-z]?frac)": " "}  # 1\frac12 is a mixed number
+PLAIN |= {r"\\[a-z]{0,4}frac(?:\{(-?[\d., ]++)\}\{(\d++)\}|(\d)(\d))": r"\1\3/\2\4"}
+PLAIN |= {r"(?<=[A-Za-z}%)])\^[{(]?-?\d++|(?<=[mt])[23]\b|(?<=\d):00\b": ""}
+PLAIN |= {r"(?<![\d.,])(\d{1,9}),(\d\d?)(?![,.]?\d)": r"\1.\2"}
+# All that joins digits makes one number or none: of `5-10`, `2:30`, `18^2` no part is read
+SIGN = r"(?:(?<![\w%)°])-)?(?:\$ ?-?)?"
+JOIN = r"[.,'_]|:(?!\d{3})|[$%]? ?[-+*/x] ?[$√-]*|\^[{(]?-?|e[-+]?| (?:and )?(?=\d{3}(?!\d)|\d+ ?/)"
+TOKEN = re.compile(rf"(?i){SIGN}√?(?:\d|(?<![\w.])\.\d)\d*+(?:(?:{JOIN})\d++)*+(?: ?π|k\b)?")
+WHOLE = r"(?:(?!0)\d{1,3}(?:[,'_ ]\d{2,3})*[,'_ ]\d{3}|\d+)"
+MIXED = r"(?:(\d+) (?:and )?(?=\d+ ?/))?"
+NUMBER = re.compile(rf"({SIGN}){MIXED}({WHOLE}(?:\.\d+)?|\.\d+)(?: ?/ ?([1-9]\d*))?")
+MARKS = [  # what each finds is an answer; headings such as `#### 2. Costs` are none
+    r"<answer>((?:[^<]++|<(?!/?answer>))*+)",
+    r"\\f?boxed\{((?:[^{}]|\{[^{}]*+\})*+)",
+    r"####(?! *\d+[.):] +[A-Z])([^\w\n]{0,9}+\d.*)",
+    r"(?i)\banswers?\b(?:[^.\n\d]{0,40}?\b(?:is|are|be)\b|[^\w.]{0,5}?[:=\n])"
+    r"([^.\d]{0,80}+\.?\d(?:[^.\n]|\.(?=\d))*+)",
+]
+LEAD = re.compile(r"(?:\\[A-Za-z]+|about\b|approximately\b|[^\w.√-])*+")
 
 
 def as_number(text: str) -> Fraction | None:
-    """Return `-$1,000.50`, `3/4` or `1 1/2` as an exact number; None if it is not one, or too long.
-
-    A power is not read: 1e999999999 could take hours.
-    """
-    match = NUMBER.fullmatch(plain(text.strip())) if len(text) <= 50 else None
-    if not match or match["power"] or not int(match["bottom"] or 1):
+    """Return `-$1,000.50`, `3/4` or `1 1/2` as an exact number; None for `38,5`, `18^2` or text."""
+    match = NUMBER.fullmatch(text.strip()) if len(text) <= 50 else None
+    if not match:
         return None
-    value = Fraction(re.sub("[ ,']", "", match["top"])) / int(match["bottom"] or 1)
-    if match["whole"] and value < 1:  # in `10 20/5` the 10 is another number
-        value += int(re.sub("[ ,']", "", match["whole"]))
-    return -value if "-" in match["sign"] else value
+    sign, whole, top, bottom = match.groups("")
+    value = int(whole or 0) + Fraction(re.sub("[ ,'_]", "", top)) / int(bottom or 1)
+    return -value if "-" in sign else value
 
 
-def last_number(text: str) -> str:
-    """Return the last number in the text, in plain characters; '' if there is none."""
-    text = plain(text)
-    end = 1 + max(map(text.rfind, "0123456789"))
-    start = len(text[:end].rstrip("-$0123456789.,'/ ^{(eE+²³"))  # the regex sees what is before
-    numbers = [match.group() for match in NUMBER.finditer(text, start, end + 2)]
-    return numbers[-1] if numbers else ""
-
-
-def is_strict_correct(text: str, gold: str) -> bool:
-    """Return whether the text inside the last `<answer>...</answer>` is exactly the gold string."""
-    _, opened, tail = text.rpartition("<answer>")
-    return bool(opened) and "</answer>" in tail and extract_xml_answer(text) == gold
-
-
-def is_lenient_correct(text: str, gold: str) -> bool:
-    """Return whether the last number in the text equals the gold answer, or strict accuracy holds.
-
-    `1,000`, `9{,}500`, `$18`, `18.00`, `-3`, `3/4`, `1 1/2` and `18 m^2` are read as a person does.
-    `9 500` is one number, in a list too; `0 500`, `9 500-page` and `2024 500` are two.
-    A dash after a number (`5-10`, `5 –10`) is no sign. Powers (`18^2`, `1e3`) equal nothing.
-    """
-    want = as_number(gold)
-    right = want is not None and as_number(last_number(text)) == want
-    return right or is_strict_correct(text, gold)
-
-
-def lenient_accuracy(
-    completions: list, answer: list[str], question=None, log_metric=None, log_extra=None, **kwargs
-) -> list[float]:
-    """Return 1.0 if lenient correct, else 0. Logged with weight 0, it earns nothing.
-
-    TRL's two functions log strict and lenient accuracy, and the columns of the completions table.
-    """
-    texts = [c[0]["content"] for c in completions]
-    strict = [float(is_strict_correct(t, gold)) for t, gold in zip(texts, answer, strict=True)]
-    lenient = [float(is_lenient_correct(t, gold)) for t, gold in zip(texts, answer, strict=True)]
-    if log_metric:
-        log_metric("accuracy/strict", sum(strict) / len(texts))
-        log_metric("accuracy/lenient", sum(lenient) / len(texts))
-    extracted = [extract_xml_answer(text) for text in texts]
-    columns = {"question": question, "text": texts, "gold": answer, "extracted": extracted}
-    for name, values in columns.items():
-        if log_extra and values is not None:
-            log_extra(name, values)
-    return lenient
+def final_number(text: str) -> str:
+    """Return the number in the last `<answer>`, else a box, after `####`, `answer is`, or last."""
+    marked = False
+    for typeset, typed in PLAIN.items():
+        text = re.sub(typeset, typed, text)
+    for mark in MARKS:
+        if found := [part for part in re.findall(mark, text) if re.search(r"\w", part)]:
+            text, marked = found[-1], True
+    result = re.sub(r"\([^()]*+\)", "", text).split("=")[-1]
+    for part in [result, text, re.split(r":\s|\bis\b", text)[-1]] if marked else []:
+        first = TOKEN.match(LEAD.sub("", part, count=1))
+        if first and as_number(first[0]) is not None:
+            return first[0]
+    return ["", *TOKEN.findall(text)][-1]
 
 
 def score(text: str, gold: str) -> dict[str, bool]:
     """Return the four yes/no scores used in evaluation."""
+    closed = "<answer>" in text and "</answer>" in text.split("<answer>")[-1]
+    strict = closed and extract_xml_answer(text) == gold
+    number = as_number(final_number(text))
     return {
         "strict_format": bool(STRICT_FORMAT.match(text)),
         "soft_format": bool(SOFT_FORMAT.match(text)),
-        "strict_accuracy": is_strict_correct(text, gold),
-        "lenient_accuracy": is_lenient_correct(text, gold),
+        "strict_accuracy": strict,
+        "lenient_accuracy": strict or (number is not None and number == as_number(gold)),
     }
+
+
+def lenient_accuracy(completions, answer, question, log_metric, log_extra, **kwargs) -> list[float]:
+    """Return 1.0 if lenient correct, else 0; log both accuracies and the completions."""
+    texts = [c[0]["content"] for c in completions]
+    scores = [score(text, gold) for text, gold in zip(texts, answer, strict=True)]
+    log_extra("question", question)
+    log_extra("text", texts)
+    log_extra("gold", answer)
+    log_extra("extracted", [extract_xml_answer(text) for text in texts])
+    for kind in ("strict", "lenient"):
+        log_metric(f"accuracy/{kind}", sum(s[f"{kind}_accuracy"] for s in scores) / len(texts))
+    return [float(s["lenient_accuracy"]) for s in scores]
 
 
 XML = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>\n"
@@ -204,76 +162,41 @@ EXAMPLES = [  # name, completion, comment; the gold answer is 18
 ]
 
 
-def call_reward(reward: Callable, texts: list[str]) -> Sequence:
-    """Return the rewards of texts with gold answer 18; the reward is called as TRL calls it."""
-    got = reward(
-        prompts=[[{"role": "user", "content": "What is 9 times 2?"}] for _ in texts],
-        completions=[[{"role": "assistant", "content": text}] for text in texts],
-        completion_ids=[[0] for _ in texts],
-        question=["What is 9 times 2?"] * len(texts),
-        answer=["18"] * len(texts),
-        trainer_state=SimpleNamespace(global_step=0, max_steps=1),
-        log_extra=lambda *args: None,
-        log_metric=lambda *args: None,
-    )
-    return asyncio.run(got) if asyncio.iscoroutine(got) else got
-
-
-def name_of(reward: Callable) -> str:
-    """Return the name TRL logs a reward under."""
-    reward = getattr(reward, "func", reward)  # what functools.partial wraps
-    return getattr(reward, "__name__", type(reward).__name__)
-
-
-def fault(reward: Callable, texts: list[str]) -> str:
-    """Return what is wrong with the rewards of texts; '' if nothing."""
-    try:
-        got = call_reward(reward, texts)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    is_list = hasattr(got, "__getitem__") and not isinstance(got, (str, dict))
-    if not is_list or len(got) != len(texts):
-        return f"returned {got!r:.60}, not a list of {len(texts)} rewards"
-    wrong = [value for value in got if value is not None and not hasattr(value, "__float__")]
-    return f"returned {wrong[0]!r:.60}, not a number" if wrong else ""
-
-
-def try_rewards(reward_funcs: list[Callable]) -> None:
-    """Call each reward on the seven examples; ValueError names the reward that fails, and where.
-
-    Rewards may compare completions, so an example is tried alone only to name the one that fails.
-    """
-    if not reward_funcs:
-        raise ValueError("REWARD_FUNCS is empty")
-    names = [name_of(reward) for reward in reward_funcs]
-    for reward, name in zip(reward_funcs, names, strict=True):
-        if names.count(name) > 1:
-            raise ValueError(f"two rewards are named {name}: give them different names")
-        if wrong := fault(reward, [text for _, text, _ in EXAMPLES]):
-            alone = [(title, fault(reward, [text])) for title, text, _ in EXAMPLES]
-            failed = [f"example {title!r}: {found}" for title, found in alone if found]
-            message = f"reward {name}, {[*failed, f'all examples together: {wrong}'][0]}"
-            raise ValueError(" ".join(message.split()))
+def try_rewards(reward_funcs: list, row: dict | None = None) -> dict[str, list[float | None]]:
+    """Return name -> rewards of the examples, called as TRL does; `row` has the other columns."""
+    names = [getattr(getattr(r, "func", r), "__name__", type(r).__name__) for r in reward_funcs]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"REWARD_FUNCS needs rewards, each with its own name, not {names}")
+    row = {**(row or {}), "question": "What is 9 times 2?", "answer": "18", "completion_ids": [0]}
+    row["prompts"] = [{"role": "user", "content": row["question"]}]
+    found, size = {}, len(EXAMPLES)
+    columns = {name: [value] * size for name, value in row.items() if name != "prompt"}
+    columns |= dict.fromkeys(["log_extra", "log_metric"], lambda *args: None)
+    columns["trainer_state"] = SimpleNamespace(global_step=0, max_steps=1)
+    for name, reward in zip(names, reward_funcs, strict=True):
+        completions = [[{"role": "assistant", "content": text}] for _, text, _ in EXAMPLES]
+        try:
+            got = reward(completions=completions, **columns)
+            if asyncio.iscoroutine(got):  # in a thread: a notebook's own runs a loop already
+                got = ThreadPoolExecutor().submit(asyncio.run, got).result()
+        except Exception as error:
+            raise RuntimeError(f"{name} fails on the examples of rewards.py") from error
+        is_list = hasattr(got, "__len__") and not isinstance(got, dict) and len(got) == size
+        if not is_list or not all(x is None or hasattr(x, "__float__") for x in got):
+            raise ValueError(f"{name} returned {got!r:.99}, not {size} numbers for {size} texts")
+        found[name] = got
+    return found
 
 
 def main() -> None:
-    """Print what each reward gives the seven examples; exit with status 2 if one fails."""
-    try:
-        try_rewards(REWARD_FUNCS)
-    except ValueError as error:
-        print(f"rewards.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    texts = [text for _, text, _ in EXAMPLES]
-    columns = [call_reward(reward, texts) for reward in REWARD_FUNCS]
-    short = {"soft_format": "soft", "strict_format": "strict", "simple_correctness": "correct"}
-    names = [name_of(reward).removesuffix("_reward_func") for reward in REWARD_FUNCS]
-    names = [f" {short.get(name, name):>8}" for name in [*names, "sum"]]
-    print(f"{'gold answer: 18':>17}" + "".join(names))
-    for (title, text, comment), *row in zip(EXAMPLES, *columns, strict=True):
-        rewards = [0.0 if value is None else float(value) for value in row]
-        values = zip(names, [*rewards, sum(rewards)], strict=True)
-        cells = "".join(f"{value:{len(name)}.3f}" for name, value in values)
-        print(f"\n{title:>17}{cells}\n  {comment}:\n  {text!r}")
+    """Print what each reward gives the seven examples; names are cut to eight letters."""
+    columns = try_rewards(REWARD_FUNCS)
+    names = [re.sub("simple_|(ness|_format)?_reward_func", "", name) for name in columns]
+    print("gold answer: 18".rjust(17), *(f"{name:>8.8}" for name in [*names, "sum"]))
+    for (title, text, comment), *row in zip(EXAMPLES, *columns.values(), strict=True):
+        row = [float(value or 0) for value in row]
+        print(f"\n{title:>17}", *(f"{value:8.3f}" for value in [*row, sum(row)]))
+        print(f"  {comment}:\n  {text!r}")
 
 
 if __name__ == "__main__":
