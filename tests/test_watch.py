@@ -1,0 +1,169 @@
+"""What a run shows and keeps in W&B: watched rewards, warnings, NaN, runs that follow another."""
+
+import functools
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import LAPTOP, ROOT, command, run, series, wandb_rows
+from safetensors.torch import load_file
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+import grpo_demo
+import rewards
+from assets import watch
+
+SMALL = (*LAPTOP, "--evaluate", "False", "--per_device_train_batch_size", 8, "--num_generations", 4)
+SMALL = (*SMALL, "--max_completion_length", 8, "--save_strategy", "no")
+FORMATS = (rewards.soft_format_reward_func, rewards.strict_format_reward_func)
+
+
+def messages(*texts: str) -> list[list[dict]]:
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def lengths(completions, unit=0.25, **kwargs):
+    return [unit * len(c[0]["content"]) for c in completions]
+
+
+async def awaited(completions, **kwargs):
+    return lengths(completions)
+
+
+class Awaited:
+    async def __call__(self, completions, **kwargs):
+        return lengths(completions)
+
+
+PLAIN = [lengths, awaited, Awaited()]
+KINDS = [*PLAIN, *map(functools.partial, PLAIN), lambda **kwargs: np.array(lengths(**kwargs))]
+KINDS += [lambda **kwargs: list(torch.tensor(lengths(**kwargs)))]
+
+
+@pytest.mark.parametrize("function", KINDS, ids=range(len(KINDS)))
+def test_every_kind_of_reward_keeps_its_name_and_values(function):
+    watched = watch.watch_reward(function)
+    assert get_callable_name(watched) == get_callable_name(function)
+    assert is_async_callable(watched) == is_async_callable(function)
+    (values,) = rewards.try_rewards([watched]).values()
+    assert values == [0.25 * len(text) for _, text, _ in rewards.EXAMPLES]
+
+
+def test_a_reward_that_edits_its_texts_is_alone_with_them():
+    def edit(prompts, completions, answer, **kwargs):
+        prompts[0][0]["content"] = completions[0][0]["content"] = answer[0] = "edited"
+        return [1.0]
+
+    given_to = {"prompts": messages("q"), "completions": messages("a"), "answer": ["18"]}
+    before = json.dumps(given_to)
+    assert watch.watch_reward(edit)(**given_to) == [1.0] and json.dumps(given_to) == before
+
+
+def test_a_reward_that_is_not_finite_is_named_once(capsys):
+    values = [None, float("nan"), float("-inf"), 0.1, -63.9, 1e300]
+
+    def odd(completions, **kwargs):
+        return values
+
+    watched = watch.watch_reward(odd)
+    for _ in range(2):
+        assert repr(watched(completions=messages(*"abcdef"))) == repr(values)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "odd" in line and "'b'" in line
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, capsys):
+    """Return a function that trains with rewards of its own and returns what was printed."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of pytest stay
+
+    def start(functions, *flags, out="run"):
+        monkeypatch.setattr(rewards, "REWARD_FUNCS", functions)
+        grpo_demo.main([*map(str, (*SMALL, "--output_dir", tmp_path / out, *flags))])
+        return capsys.readouterr()
+
+    return start
+
+
+def constant(value: float):
+    def reward(completions, **kwargs):
+        return [value] * len(completions)
+
+    reward.__name__ = f"always_{value}"
+    return reward
+
+
+@pytest.mark.parametrize("weights", [[], ["--reward_weights", *[0.3] * 5]])
+def test_equal_rewards_leave_the_weights_untouched_and_are_warned_of(train, tmp_path, weights):
+    constants = [constant(value) for value in (0.7, 0.1, 1.476)]
+    exact = ("--beta", 0, "--weight_decay", 0, "--learning_rate", 0.1, "--warmup_steps", 0)
+    exact += ("--per_device_train_batch_size", 12, "--num_generations", 12)  # rounds in float32
+    shown = train([*constants, *FORMATS], "--max_steps", 21, *exact, *weights, out="it's a run")
+    out = tmp_path / "it's a run"
+    before, after = (load_file(p / "model.safetensors") for p in (ROOT / "assets/tiny", out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    rows = wandb_rows(out)
+    assert series(rows, "train/frac_reward_zero_std") == [1.0] * 21
+    found = re.findall(r"(?m)^warning: step (\d+): (.*)$", shown.err)
+    steps = {text: int(step) for step, text in found}
+    assert sorted(steps.values()) == [1, 20, 20]  # cut off; equal rewards; no format
+    texts = pd.read_parquet(out / "completions/completions_00020.parquet")["text"]
+    ends = {repr(part) for text in texts for part in (text[:12], text[-12:])}
+    assert [sum(end in text for end in ends) >= 2 for text in steps].count(True) == 1
+    tables = list(out.glob("wandb/*run-*/files/media/table/completions_*.json"))
+    assert len(tables) == 21  # the last one not twice
+    (sync,) = [line for line in shown.out.splitlines() if line.startswith("wandb sync ")]
+    done = subprocess.run(f"{sys.executable} -m {sync} --dry-run", shell=True, capture_output=True)
+    assert done.returncode == 0 and b"Would sync 1 run" in done.stdout + done.stderr
+
+
+def test_a_run_that_failed_gets_no_rows_of_the_next_one(train, tmp_path):
+    def fails(completions, trainer_state=None, **kwargs):
+        if trainer_state.global_step == 2:
+            raise RuntimeError("a bug")
+        return [0.0] * len(completions)
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        train([*FORMATS, fails], "--max_steps", 3, out="first")
+    train([*FORMATS], "--max_steps", 3, out="second")
+    for out, steps in (("first", [1, 2]), ("second", [1, 2, 3])):
+        rows = [row for row in wandb_rows(tmp_path / out) if "train/reward" in row]
+        assert series(rows, "train/global_step") == steps
+
+
+def test_a_run_that_is_not_finite_stops_and_saves_nothing_more(tmp_path):
+    out = tmp_path / "run"
+    wild = ("--learning_rate", 1e30, "--max_grad_norm", 0, "--warmup_steps", 1, "--max_steps", 8)
+    saved = ("--save_strategy", "steps", "--save_steps", 1)
+    done = run(*SMALL, *wild, *saved, "--output_dir", out)
+    assert done.returncode == 1 and done.stderr.count("not finite") == 1, done.stderr[-2000:]
+    assert not (out / "model.safetensors").exists()
+    assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-1"]  # rate 0
+    kept = load_file(out / "checkpoint-1/model.safetensors").values()
+    assert all(value.isfinite().all() for value in kept)
+
+
+@pytest.mark.parametrize("off", [{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}])
+def test_wandb_is_off_when_the_environment_says_so(tmp_path, off):
+    key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = run(*SMALL, "--max_steps", 1, "--output_dir", tmp_path / "run", env=key | off)
+    assert done.returncode == 0 and not list(tmp_path.rglob("*.wandb")), done.stderr[-2000:]
+
+
+def test_name_and_folder_of_the_environment_and_a_terminal_that_lacks_a_character(tmp_path):
+    (tmp_path / "there").mkdir()
+    rows = [json.dumps({"question": f"{i} \u2014 \u20ac?", "answer": "#### 1"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    env = {"WANDB_NAME": "mine", "WANDB_DIR": str(tmp_path / "there"), "LC_ALL": "C"}
+    env |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    flags = ("--max_steps", 1, "--dataset_name", tmp_path, "--output_dir", tmp_path / "run")
+    done = command(*SMALL, *flags, env=env)
+    assert done.returncode == 0 and "1/1" in done.stdout and " ? ??" in done.stdout
+    (file,) = tmp_path.rglob("*.wandb")
+    assert file.is_relative_to(tmp_path / "there") and b"mine" in file.read_bytes()
