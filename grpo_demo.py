@@ -7,12 +7,11 @@
     python grpo_demo.py --estimate_memory                   # what fits which card; needs no GPU
     python grpo_demo.py --use_peft                          # with the gist's LoRA adapter
     python grpo_demo.py --use_vllm                          # after pip install vllm==0.31.0
-    python grpo_demo.py --dataset_name DIR --model_name_or_path DIR     # local data, local model
-    python grpo_demo.py --eval_only --model_name_or_path DIR            # evaluate a saved model
+    python grpo_demo.py --eval_only --model_name_or_path DIR    # evaluate a saved model
     accelerate launch --num_processes 2 grpo_demo.py --gradient_accumulation_steps 32  # two GPUs
 
-Every constant below, except the prompt's texts, is also a flag and a YAML key (`--config FILE`), in
-lower case; so is every field of TRL's GRPOConfig and ModelConfig.
+Each constant below, but the prompt's texts, is also a flag and a YAML key (`--config FILE`), in
+lower case; so is each field of TRL's GRPOConfig and ModelConfig.
 
 GRPO in six lines (arXiv 2402.03300; `tests/test_step.py` writes the whole step out, without TRL,
 which computes it in GRPOTrainer._compute_loss):
@@ -24,12 +23,8 @@ which computes it in GRPOTrainer._compute_loss):
     loss = -mean over completions of (mean over tokens of (ratio * A - beta * kl)).
     Then the gradient is clipped to norm 0.1 and AdamW takes one step.
 
-The training step matches the gist's on TRL 0.14. These differences change what is computed:
-
- 1. Norm layers get no weight decay (transformers 5). In bf16 that decay rounded to nothing anyway.
- 2. Prompts over 256 tokens are kept whole; the gist cut them. GSM8K has none.
- 3. Rows without a numeric `#### answer` are left out; the gist trained on them. GSM8K has none.
- 4. sdpa attention if flash-attn is not installed; the gist required flash-attn.
+The training step matches the gist's on TRL 0.14, except that norm layers get no weight decay
+(transformers 5). What else differs: assets/notes/differences.md.
 """
 
 # /// script
@@ -38,16 +33,16 @@ The training step matches the gist's on TRL 0.14. These differences change what 
 #     "peft==0.21.2", "accelerate==1.15.0", "wandb==0.31.0"]
 # ///
 
+import glob
 import json
 import logging
 import os
 import signal
 import sys
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # Model and data
 MODEL_NAME_OR_PATH = "Qwen/Qwen2.5-1.5B-Instruct"  # a hub id or a local directory
@@ -137,12 +132,8 @@ XML_COT_FORMAT = """\
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
-if __name__ == "__main__":  # --help and what is missing or wrong: before the packages load
+if __name__ == "__main__":  # --help, missing packages, misspelt flags: before packages load
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they load: no traceback
-    packages = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb"]
-    if missing := [name for name in packages if not find_spec(name)]:  # all, not one by one
-        print(f"error: no {', '.join(missing)}: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(2)
     from assets.settings import look_first
 
     look_first(globals())
@@ -151,54 +142,46 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.hf_argparser import HfArgumentParser
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
 
 import rewards
-from assets import resume, settings, terminal, wandb_run
-from assets.common import UserError, as_user_error, first_process, print_error, print_once
-from assets.evaluate import Evaluation, watch_ends, write_card
+from assets import resume, settings, watch
+from assets.evaluate import Evaluation, write_card
+from assets.settings import UserError, as_user_error, print_error, print_once
+from assets.trainer import GRPOTrainer, check_model, check_trainer
 
-
-def setting(constant: object, text: str) -> object:
-    """Return a field of DemoConfig: its default, and what `--help` says of it."""
-    return field(default=constant, metadata={"help": text})
+RESERVED = """prompt prompts completion completions completion_ids image images environment
+    environments messages chosen rejected trainer_state log_extra log_metric"""  # columns, by TRL
 
 
 @dataclass
 class DemoConfig(GRPOConfig):
-    """TRL's GRPOConfig and this script's own flags."""
+    """TRL's GRPOConfig and this script's own settings; the constants above say what each does."""
 
-    dataset_name: str = setting(DATASET_NAME, "Dataset: a hub id, or a local folder.")
-    dataset_config: str | None = setting(DATASET_CONFIG, "Configuration of a dataset on the hub.")
-    one_shot: bool = setting(ONE_SHOT, "Put the gist's example into every prompt.")
-    max_prompt_length: int = setting(MAX_PROMPT_LENGTH, "Report prompts with more tokens.")
-    evaluate: bool = setting(EVALUATE, "Measure test accuracy before and after training.")
-    eval_samples: int = setting(EVAL_SAMPLES, "Number of test questions; 0: all.")
-    eval_generations: int = setting(EVAL_GENERATIONS, "Samples per question for pass@k; 0: none.")
-    eval_only: bool = setting(False, "Only measure the test accuracy of a model; do not train.")
-    estimate_memory: bool = setting(False, "Only print how much GPU memory a step takes.")
-    print_steps: int = setting(PRINT_STEPS, "Show a sample every so many steps; 0: never.")
-    overwrite_output: bool = setting(False, "Move an old run in the output directory aside.")
+    dataset_name: str = DATASET_NAME
+    dataset_config: str | None = DATASET_CONFIG
+    one_shot: bool = ONE_SHOT
+    max_prompt_length: int = MAX_PROMPT_LENGTH
+    evaluate: bool = EVALUATE
+    eval_samples: int = EVAL_SAMPLES
+    eval_generations: int = EVAL_GENERATIONS
+    print_steps: int = PRINT_STEPS
+    eval_only: bool = field(default=False, metadata={"help": "Evaluate a model, do not train."})
+    estimate_memory: bool = field(default=False, metadata={"help": "Print the memory of a step."})
+    overwrite_output: bool = field(default=False, metadata={"help": "Move an old run aside."})
 
     def __post_init__(self):
-        """Refuse what TRL and transformers would refuse less clearly, too late, or not at all."""
+        """Refuse what TRL and transformers would refuse too late, or not at all."""
         self.use_cpu = self.use_cpu or self.estimate_memory
-        settings.check_values(vars(self))
+        settings.check_values(self)
         settings.check_gpu(self)
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            if "divisible by num_generations" not in str(error):
-                raise
-            factors = "per_device_train_batch_size x gradient_accumulation_steps x processes"
-            raise ValueError(f"{error} Unless set, generation_batch_size is {factors}") from error
+        super().__post_init__()
         settings.check_tools(self)
 
     @property
@@ -209,13 +192,9 @@ class DemoConfig(GRPOConfig):
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[DemoConfig, ModelConfig]:
-    """Return the settings: the constants, overridden by `--config FILE`, overridden by flags.
-
-    UserError names an unknown flag or YAML key, a bad value, or a combination that TRL refuses.
-    """
-    values = settings.read(sys.argv[1:] if argv is None else argv, globals())
-    with as_user_error("settings", TypeError, ImportError):  # such as deepspeed, not installed
-        return HfArgumentParser((DemoConfig, ModelConfig)).parse_dict(values)
+    """Return the settings; UserError names an unknown one, or a value that TRL or we refuse."""
+    argv = sys.argv[1:] if argv is None else argv
+    return settings.read(argv, globals(), (DemoConfig, ModelConfig))
 
 
 def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]]:
@@ -233,44 +212,37 @@ def is_local(name: str) -> bool:
     return any(map(os.path.exists, (name, here, parent))) or "/" in parent or ".json" in name
 
 
-def parse_row(line: str | dict) -> dict[str, str]:
-    """Return question and gold answer of a JSON line or row; ValueError says what is missing."""
-    try:
-        row = json.loads(line) if isinstance(line, str) else line
-    except (ValueError, RecursionError):
-        raise ValueError("no JSON, or deeply nested") from None
-    texts = [row.get(name) for name in ("question", "answer")] if isinstance(row, dict) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("no text in 'question' and 'answer'")
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-        raise ValueError("half a character")  # a lone surrogate, which is no Unicode text
-    gold = rewards.extract_hash_answer(row["answer"])
-    if gold is None or rewards.as_number(gold) is None:
-        raise ValueError("no number after '####'")
-    return {"question": row["question"], "answer": gold}
+def read_split(name: str, config: str | None, split: str) -> Dataset:
+    """Return the rows of a dataset on the hub or on disk.
 
-
-def read_split(name: str, config: str | None, split: str) -> Dataset | list[str]:
-    """Return the rows of a dataset on the hub or on disk; of a jsonl file its lines, as texts.
-
-    A folder holds jsonl, json, gz or parquet files, `config` too (as on the hub), or what
-    `save_to_disk` wrote. A single file is the train split.
+    A folder holds train.jsonl and test.jsonl (or .json, .csv, .parquet, each also with .gz), or a
+    hub snapshot's parquet files, in a folder `config` or data too, or what `save_to_disk` wrote. A
+    single file is the train split. ValueError or OSError for what cannot be read.
     """
-    path = Path(name)
     if not is_local(name):
         return load_dataset(name, config, split=split)
+    path, kinds = Path(name), ("jsonl", "json", "csv", "parquet")
     if (path / "dataset_dict.json").exists():
         return load_from_disk(path)[split]
-    found = [file for place in (path, path / str(config)) for file in place.glob(f"{split}[.-]*")]
-    files = [path] if path.is_file() and split == "train" else sorted(found)
-    if not files:
-        there = ", ".join(sorted(file.name for file in path.glob("*"))[:9]) or "no such files"
-        raise FileNotFoundError(f"looked for {split}.jsonl, {split}*.parquet; found {there}")
-    if len(files) == 1 and files[0].suffix not in (".gz", ".parquet", ".json"):
-        lines = files[0].read_text("utf-8-sig", errors="replace").split("\n")
-        return [line for line in lines if line.strip()]
-    kind = "parquet" if files[0].suffix == ".parquet" else "json"
-    return load_dataset(kind, data_files=[str(file) for file in files], split="train")
+    names = [f"{split}{part}.{kind}" for part in ("", "-?????-of-?????") for kind in kinds]
+    places = {path, path / str(config), path / "data"}
+    found = [sorted(p.glob(n + gz)) for p in places for n in names for gz in ("", ".gz")]
+    found = [files for files in found if files] or [[path]] * (path.is_file() and split == "train")
+    parts = path.is_dir() and found and found[0][0].name.partition("-of-")[2][:5]
+    if len(found) != 1 or len(found[0]) != int(parts or 1):
+        there = sorted(file.name for files in found or [path.glob("*")] for file in files)
+        looked = f"looked for one {split}.jsonl or {split}.parquet, or all its parts"
+        raise FileNotFoundError(f"{looked}; found {', '.join(there[:9])}")
+    ending = found[0][0].name.removesuffix(".gz").rpartition(".")[2]
+    kind = ending if ending in ("csv", "parquet") else "json"
+    files = [glob.escape(str(file)) for file in found[0]]
+    with TemporaryDirectory() as cache:  # a lasting one would keep the rows of a changed file
+        options = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
+        try:
+            return load_dataset(kind, data_files=files, **options)
+        except Exception as error:  # whatever a library makes of a damaged file
+            text = str(error.__cause__ or error) or "it is empty"
+            raise ValueError(f"{', '.join(map(str, found[0]))}: {text[:200]}") from error
 
 
 def get_gsm8k_questions(
@@ -279,24 +251,48 @@ def get_gsm8k_questions(
     dataset_config: str | None = DATASET_CONFIG,
     one_shot: bool = ONE_SHOT,
 ) -> Dataset:
-    """Return a split: columns prompt (messages), question and answer (the gold number, a string).
+    """Return a split: columns prompt (messages), question, answer (the gold number, a string).
 
-    Bad rows are left out and counted in one warning. ValueError if no row is left.
+    Other columns stay: rewards get them. Columns that would replace TRL's and rows without a number
+    after `####` are left out and named in a warning. ValueError if no row is left.
     """
     raw = read_split(dataset_name, dataset_config, split)
-    rows, bad = [], Counter()
-    for line in raw:
-        try:
-            row = parse_row(line)
-            rows.append({"prompt": make_prompt(row["question"], one_shot)} | row)
-        except ValueError as error:
-            bad[str(error)] += 1
-    reasons = "; ".join(f"{n} with {reason}" for reason, n in bad.items())
+    # In a column of texts and numbers, datasets turns the text "007" into the number 7
+    mixed = [name for name, kind in raw.features.items() if "Json(" in str(kind)]
+    texts = {name for name, kind in raw.features.items() if "string" in getattr(kind, "dtype", "")}
+    if missing := {"question", "answer"} - texts:
+        there = ", ".join(raw.column_names)
+        raise ValueError(f"no column of texts {', '.join(sorted(missing))} in {there}"[:300])
+    if left_out := sorted({*RESERVED.split()}.intersection(raw.column_names).union(mixed)):
+        print_error(f"warning: {split} columns left out (TRL's, or of mixed kinds): {left_out}")
+    rows = []
+    for row in raw.remove_columns(left_out):
+        question, (_, mark, end) = row["question"], (row["answer"] or "").rpartition("####")
+        number = rewards.as_number(end) if mark else None  # none in 38,5: the gist reads 385
+        if question and number is not None:
+            gold = rewards.extract_hash_answer(mark + end)
+            gold = str(number) if number.denominator == 1 else gold  # 45.0 is 45
+            rows.append(row | {"prompt": make_prompt(question, one_shot), "answer": gold})
     if not rows:
-        raise ValueError(f"no usable row: {reasons or 'it is empty'}")
-    if bad:
-        print_error(f"warning: {bad.total()} of {len(raw)} {split} rows left out: {reasons}")
+        raise ValueError(f"none of {len(raw)} rows has a question, and a number after '####'")
+    if bad := len(raw) - len(rows):
+        why = "no question, or no number after '####'"
+        print_error(f"warning: {bad} of {len(raw)} {split} rows left out: {why}")
     return Dataset.from_list(rows)
+
+
+def load_questions(args: DemoConfig, split: str) -> Dataset:
+    """Return the questions of training, or of the evaluation; UserError if there are too few."""
+    where = f"dataset {args.dataset_name!r} (a hub id, or a folder; in {os.getcwd()})"
+    where += " (--evaluate False needs none)" if split == "test" else ""
+    with as_user_error(f"cannot load split {split!r} of {where}", KeyError):
+        one_shot = args.one_shot and split == "train"  # the evaluation makes its own prompts
+        rows = get_gsm8k_questions(split, args.dataset_name, args.dataset_config, one_shot)
+    if split == "test":
+        return rows.select(range(min(args.eval_samples or len(rows), len(rows))))
+    if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
+        raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
+    return rows
 
 
 def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
@@ -305,8 +301,10 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     A directory or hub id with a LoRA adapter gives its base model with that adapter, trainable.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    if is_local(name) and not os.path.isdir(name):
-        raise FileNotFoundError("no such folder")
+    if is_local(name):
+        name = os.path.abspath(name)  # an adapter stores where its base model is
+        for file in Path(name).glob("*.safetensors"):  # transformers would say: no such file
+            file.open("rb").close()
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
     adapter = find_adapter_config_file(name, revision=revision)
@@ -326,81 +324,53 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
 
 
 def build_trainer(
-    args: DemoConfig,
-    model_args: ModelConfig,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    rows: Dataset,
-    held_out: Dataset | None = None,
-) -> GRPOTrainer:
-    """Return the trainer with the five rewards and, with `--use_peft`, the LoRA adapter.
-
-    held_out  questions for `--eval_strategy steps`: accuracy on them while training
-    """
-    if model_args.model_revision != "main":  # TRL loads the reference model by name
-        args.model_init_kwargs = {"revision": model_args.model_revision}
-    functions = [terminal.watch_reward(function) for function in rewards.REWARD_FUNCS]
-    weights = args.reward_weights or [1.0] * len(functions)
-    args.reward_weights = [*weights[: len(functions)], 0.0]
-    trainer = GRPOTrainer(
-        model=model,
-        args=args,
-        reward_funcs=[*functions, rewards.lenient_accuracy],  # the last one only logs
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
-    )
-    if args.use_vllm and args.vllm_mode == "colocate":  # vLLM has set the seed to its own
-        set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
-    return trainer
-
-
-def load_questions(args: DemoConfig, split: str, one_shot: bool = False) -> Dataset:
-    """Return a split of the dataset; UserError says where it was looked for."""
-    where = f"{args.dataset_name!r} (a hub id, or a folder; in {os.getcwd()})"
-    where += " (--evaluate False needs none)" if split == "test" else ""
-    with as_user_error(f"no split {split!r} in dataset {where}", KeyError):
-        return get_gsm8k_questions(split, args.dataset_name, args.dataset_config, one_shot)
-
-
-def prepare_trainer(
     args: DemoConfig, model_args: ModelConfig, rows: Dataset, held_out: Dataset | None = None
 ) -> GRPOTrainer:
-    """Load the model and build the trainer; UserError for what does not load or fit together."""
+    """Return the trainer with model, rewards and, with `--use_peft`, the gist's LoRA adapter.
+
+    held_out  questions for `--eval_strategy steps`: accuracy on them while training
+
+    UserError for what does not load or fit together.
+    """
     name = model_args.model_name_or_path
-    where = f"{name!r} (a hub id, or a folder in {os.getcwd()})"
+    where = f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"
     if (file := Path(name, "adapter_config.json")).exists():
-        where += f", an adapter of {json.loads(file.read_text())['base_model_name_or_path']!r}"
-    with as_user_error(f"cannot load model {where}", ImportError):  # a package is missing
+        where += f", an adapter of {json.loads(file.read_text('utf-8'))['base_model_name_or_path']}"
+    with as_user_error(where, ImportError):
         model, tokenizer = load_model(args, model_args)
-    rank = model.peft_config["default"].r if isinstance(model, PeftModel) else LORA_R
-    if model_args.lora_r not in (LORA_R, rank):
-        print_error(f"warning: --lora_r is ignored: the loaded adapter has rank {rank}")
-    settings.check_template(args, tokenizer, make_prompt(rows["question"][0], one_shot=True))
-    settings.check_stops(args, model, tokenizer)
+    check_model(args, model, tokenizer, make_prompt(rows["question"][0], one_shot=True), rows)
+    if model_args.model_revision != "main":  # TRL loads the reference model by name
+        args.model_init_kwargs = {"revision": model_args.model_revision}
+    if held_out and args.eval_strategy != "no":  # TRL's curve is a mean of its batches' means
+        size = args.per_device_eval_batch_size * args.world_size
+        rest = len(held_out) % (size // (args.num_generations_eval or args.num_generations))
+        used = len(held_out) - rest or len(held_out)
+        print_error(f"--eval_strategy uses {used} of {len(held_out)} questions: whole batches")
+        held_out = held_out.select(range(used))
+    functions = [watch.watch_reward(function) for function in rewards.REWARD_FUNCS]
+    args.reward_weights = [*args.reward_weights, 0.0]
     with as_user_error("TRL refuses these settings"):
-        settings.check_prompts(args, model, tokenizer, rows)
-        trainer = build_trainer(args, model_args, model, tokenizer, rows, held_out)
-    settings.check_cast(trainer)
+        trainer = GRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=[*functions, rewards.lenient_accuracy],  # the last one only logs
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
+        )
+    check_trainer(trainer)
     return trainer
-
-
-def build_evaluation(args: DemoConfig, model_args: ModelConfig) -> Evaluation:
-    """Return the evaluation on the test split, or on its first `eval_samples` rows."""
-    rows = load_questions(args, "test")
-    rows = rows.select(range(min(args.eval_samples or len(rows), len(rows))))
-    return Evaluation(args, model_args.model_name_or_path, rows, make_prompt)
 
 
 def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate a saved model, zero-shot and one-shot, in a folder of the output directory."""
     args.beta, args.log_completions, args.report_to = 0.0, False, []  # no reference model, no W&B
-    evaluation = build_evaluation(args, model_args)
-    trainer = prepare_trainer(args, model_args, evaluation.rows)
-    config = resume.describe(args, model_args, SYSTEM_PROMPT, evaluation.rows)
-    evaluation.out = first_process(lambda: resume.choose_evaluation(evaluation.out, config))
-    terminal.print_banner(trainer)
+    rows = load_questions(args, "test")
+    evaluation = Evaluation(args, model_args.model_name_or_path, rows, make_prompt)
+    trainer = build_trainer(args, model_args, rows)
+    evaluation.out = resume.choose_evaluation(args, model_args, trainer)
+    watch.print_banner(trainer)
     evaluation.evaluate(trainer, "zero_shot", one_shot=False)
     evaluation.evaluate(trainer, "one_shot", one_shot=True)
     evaluation.report()
@@ -409,51 +379,49 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
 
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
-    wandb_mode = wandb_run.find_mode(args)
+    wandb_mode = watch.find_mode(args)
+    rows = load_questions(args, "train")
     with as_user_error("rewards.py"):
-        rewards.try_rewards(rewards.REWARD_FUNCS)  # on its examples
-    rows = load_questions(args, "train", args.one_shot)
-    evaluation = build_evaluation(args, model_args) if args.evaluate else None
-    if len(rows) < (prompts := args.generation_batch_size // args.num_generations):
-        raise UserError(f"{len(rows)} training rows do not fill a step of {prompts} prompts")
-    held_out = evaluation and evaluation.rows
-    config = resume.describe(args, model_args, SYSTEM_PROMPT, rows, held_out)
-    with resume.claim_output(args, config) as (record, checkpoint):
-        trainer = prepare_trainer(args, model_args, rows, held_out)
+        rewards.try_rewards(rewards.REWARD_FUNCS, rows[0])  # on its examples
+    held_out = load_questions(args, "test") if args.evaluate else None
+    evaluation = Evaluation(args, model_args.model_name_or_path, held_out, make_prompt)
+    with resume.claim_output(args):
+        trainer = build_trainer(args, model_args, rows, held_out)
+        state, _, record, checkpoint = resume.open_output(args, model_args, trainer)
+        if state == "finished":
+            return
         trainer.create_model_card = lambda **_: None  # TRL's; `write_card` writes ours
-        trainer.add_callback(terminal.Progress(trainer))
-        trainer.add_callback(terminal.Health())
-        trainer.add_callback(resume.StopAndResume(trainer, record, checkpoint))
-        terminal.print_banner(trainer)
-        wandb_run.open_run(args, config, record["wandb_id"], wandb_mode)
-        if evaluation:
+        trainer.add_callback(watch.Watch(trainer))
+        trainer.add_callback(resume.StopAndResume(trainer, checkpoint))
+        watch.print_banner(trainer)
+        config = vars(model_args) | args.to_sanitized_dict() | record["settings"]
+        watch.open_run(args, config, record["wandb_id"], wandb_mode)
+        if args.evaluate:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
-        else:
-            watch_ends(trainer)
         with suppress(resume.AtLastStep):  # it was stopped after its last step
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        if evaluation:
+        if args.evaluate:
             after = "after_one_shot" if args.one_shot else "after_zero_shot"
             evaluation.evaluate(trainer, after, one_shot=args.one_shot)
-        result = evaluation.report() if evaluation else None
+        result = evaluation.report() if args.evaluate else None
         write_card(args, model_args.model_name_or_path, result)
-    print_once(terminal.TALK.format(args.output_dir))
+        if args.process_index == 0:
+            resume.write_json(Path(args.output_dir, "run.json"), record | {"finished": True})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit status 0 when done, 2 with one line for an error to fix."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     tied = "lm_head.weight"  # not in a checkpoint if tied: transformers warns when a run resumes
     logging.getLogger("transformers.trainer").addFilter(lambda r: tied not in r.getMessage())
     disable_progress_bar()  # of loading weights
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack a character of a completion
+    disable_progress_bars()  # of loading data
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what fails is raised too
     try:
         args, model_args = parse_args(argv)
         if args.estimate_memory:
-            from assets import memory  # which no training run needs
+            from assets.tools import memory  # which no training run needs
 
             memory.report(args, model_args)
         elif args.eval_only:
@@ -467,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("TRACEBACK") or not (out_of_memory or isinstance(error, UserError)):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print_error(terminal.OUT_OF_MEMORY if out_of_memory else f"error: {text}")
+        print_error(watch.OUT_OF_MEMORY if out_of_memory else f"error: {text}")
         raise SystemExit(2) from None
 
 

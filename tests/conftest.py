@@ -4,9 +4,10 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,20 +15,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
-os.environ.update(OFFLINE)
-os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"})  # as the script
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # as the script
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
-needs_gsm8k = pytest.mark.skipif(
-    not (GSM8K / "train.jsonl").exists(),
-    reason=f"needs the real GSM8K files: set GSM8K_DIR to their folder (looked in {GSM8K})",
-)
+why = f"needs the real GSM8K files: set GSM8K_DIR to their folder (looked in {GSM8K})"
+needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").exists(), reason=why)
 LAPTOP = ("--config", "assets/tiny/config.yaml")
-TWO = (
-    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-    *("--main_process_port", "0"),
-)
+TWO = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+TWO = (*TWO, "--main_process_port", "0")
 COMPARED = {"train/loss", "train/kl", "train/accuracy/strict", "train/accuracy/lenient"}
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as if pytest runs in the background
+        signal.signal(number, signal.SIG_DFL)
 FORKS = multiprocessing.get_context("forkserver")  # one import, a fork for each run
 FORKS.set_forkserver_preload(["grpo_demo"])
 
@@ -37,8 +36,8 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def gsm8k(split: str) -> list[dict]:
-    text = (GSM8K / f"{split}.jsonl").read_text(encoding="utf-8")
+def gsm8k(split: str, folder: Path = GSM8K) -> list[dict]:
+    text = (folder / f"{split}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -50,10 +49,7 @@ def note(fault: str, tried: object, recovered: object, lost: object) -> None:
 
 
 def child(argv: list[str], env: dict[str, str], logs: list[str], spare: int | None) -> None:
-    """Run `main(argv)` in a forked process, with its own environment and output files.
-
-    spare  bytes that it can allocate, beyond what the loaded libraries take
-    """
+    """Run `main(argv)` in a forked process, which can allocate `spare` bytes (None: any)."""
     if spare:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + spare, taken + spare))
@@ -74,8 +70,8 @@ class Job:
     """A run of the script in the background, in a forked child."""
 
     def __init__(self, *flags: object, env: dict | None = None, spare: int | None = None):
-        log = f"{os.environ['JOBS']}/{time.monotonic_ns()}"
-        self.logs = [f"{log}.out", f"{log}.err"]
+        self.folder = tempfile.TemporaryDirectory()  # gone with the job
+        self.logs = [f"{self.folder.name}/{name}" for name in ("out", "err")]
         for path in self.logs:
             Path(path).touch()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_API")}
@@ -95,12 +91,6 @@ class Job:
         assert not late, f"still running: {Path(self.logs[1]).read_text()[-2000:]}"
         out, err = (Path(log).read_text() for log in self.logs)
         return SimpleNamespace(returncode=self.process.exitcode, stdout=out, stderr=err)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def jobs(tmp_path_factory):
-    """Make a folder for output of jobs."""
-    os.environ["JOBS"] = str(tmp_path_factory.mktemp("jobs"))
 
 
 def run(*flags: object, **options: object) -> SimpleNamespace:
@@ -138,13 +128,8 @@ def series(rows: list[dict], name: str) -> list[float]:
 
 
 def check_steps(rows: list[dict], steps: int) -> None:
-    """Check that steps 1 to `steps` are all logged; a step that is logged again is the same one.
-
-    A run that resumes after a kill trains the steps since its last checkpoint again, and logs them
-    under the same `train/global_step`. Their times differ, nothing else does.
-    """
-    logged = [row for row in rows if "train/reward" in row]
-    first: dict[int, dict] = {}
+    """Check that steps 1 to `steps` are logged; only the time of one logged again may differ."""
+    logged, first = [row for row in rows if "train/reward" in row], {}
     for row in logged:
         seen = first.setdefault(row["train/global_step"], row)
         assert seen.keys() >= COMPARED and row.keys() >= COMPARED

@@ -1,7 +1,9 @@
-"""Datasets: local folders, bad rows, long prompts, the real GSM8K and the embedded one."""
+"""Datasets: files on disk, bad rows, own columns, the real GSM8K and the embedded one."""
 
 import gzip
 import json
+import os
+import signal
 
 import pytest
 from conftest import GSM8K, LAPTOP, ROOT, gsm8k, needs_gsm8k
@@ -9,206 +11,187 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 import grpo_demo
-from assets.common import UserError
-from assets.tiny import make
-from grpo_demo import get_gsm8k_questions, load_questions
+import rewards
+from assets.tools import make
+from grpo_demo import get_gsm8k_questions
 
 GOOD = json.dumps({"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"})
+WORDS = '{"question": "Caf\u00e9 \u2028 \u0085 \U0001f600, or none?", "answer": "#### 1"}'
+TINY = ROOT / "assets/tiny"
 
 
-def folder(tmp_path, *lines: str, split: str = "train"):
-    (tmp_path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return str(tmp_path)
+def folder(path, *lines: str, split: str = "train") -> str:
+    path.mkdir(exist_ok=True)
+    (path / f"{split}.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    return str(path)
 
 
-def laptop(tmp_path, *flags: str):
-    return grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path / "out"), *flags])
+KINDS = ["jsonl.gz", "json", "csv", "csv.gz", "parquet", "main", "data", "saved"]
 
 
-def test_a_local_folder(tmp_path):
-    rows = get_gsm8k_questions("train", folder(tmp_path, GOOD, GOOD, ""))
-    assert rows.column_names == ["prompt", "question", "answer"] and len(rows) == 2
-    assert rows[0]["answer"] == "4" and rows[0]["prompt"] == grpo_demo.make_prompt("How many?")
-
-
-@pytest.mark.parametrize("kind", ["gz", "json", "parquet", "hub", "saved"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_datasets_as_people_have_them_on_disk(tmp_path, kind):
-    splits = {split: embedded(split)[:9] for split in ("train", "test")}
-    for split, rows in splits.items():
-        lines = "\n".join(map(json.dumps, rows))
-        if kind == "gz":
-            with gzip.open(tmp_path / f"{split}.jsonl.gz", "wt") as file:
-                file.write(lines)
-        elif kind == "json":
-            (tmp_path / f"{split}.json").write_text(json.dumps(rows))
-        elif kind == "parquet":
-            Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
-        elif kind == "hub":
-            Dataset.from_list(rows).to_parquet(tmp_path / f"main/{split}-00000-of-00001.parquet")
-    if kind == "saved":
-        DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()}).save_to_disk(tmp_path)
-    for split, rows in splits.items():
-        read = get_gsm8k_questions(split, str(tmp_path))
-        assert read["question"][:] == [row["question"] for row in rows]
+    rows, file = gsm8k("train", TINY)[:9], tmp_path / f"train.{kind}"
+    data = Dataset.from_list(rows)
+    if kind == "jsonl.gz":
+        file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    elif kind == "json":
+        file.write_text(json.dumps(rows))
+    elif "csv" in kind:
+        data.to_pandas().to_csv(file, index=False)
+    elif kind == "parquet":
+        data.to_parquet(file)
+    elif kind == "saved":
+        DatasetDict({"train": data}).save_to_disk(tmp_path)
+    else:  # as `hf download` leaves them, in parts
+        for i, part in enumerate(data.shard(2, i, contiguous=True) for i in range(2)):
+            part.to_parquet(tmp_path / kind / f"train-{i:05}-of-00002.parquet")
+    asked = [row["question"] for row in rows]
+    assert get_gsm8k_questions("train", str(tmp_path))["question"][:] == asked
+    if file.is_file():  # alone, under a name of its own; datasets takes no brackets around gzip
+        mine = file.rename(tmp_path / f"{'a b' if 'gz' in kind else 'a[1] b'}.{kind}")
+        assert get_gsm8k_questions("train", str(mine))["question"][:] == asked
 
 
-def test_a_single_file_is_the_train_split(tmp_path):
-    (tmp_path / "mine.jsonl").write_text(GOOD + "\n" + GOOD)
-    args, _ = laptop(tmp_path, "--dataset_name", str(tmp_path / "mine.jsonl"))
-    assert len(load_questions(args, "train")) == 2
-    with pytest.raises(UserError, match="--evaluate False needs none"):
-        load_questions(args, "test")
+def test_only_the_files_meant_are_read_and_anew_when_changed(tmp_path):
+    data = folder(tmp_path, GOOD, "", WORDS)
+    for name in (".bak", ".orig", "~", ".swp", ".part", ".1", ".zip"):
+        (tmp_path / f"train.jsonl{name}").write_text(GOOD)
+    others = "train-old.jsonl train_2.jsonl mytrain.jsonl .train.jsonl.swp train_aug.csv"
+    for name in [*others.split(), "train (copy).jsonl", "train-00000-of-00001 (1).parquet"]:
+        (tmp_path / name).write_text(GOOD)
+    asked = ["How many?", json.loads(WORDS)["question"]]
+    assert get_gsm8k_questions("train", data)["question"][:] == asked
+    for gold in ("4", "5"):  # read anew, even with the old size and time, which fool a cache
+        data = folder(tmp_path, GOOD.replace("#### 4", f"#### {gold}"))
+        os.utime(tmp_path / "train.jsonl", (0, 0))
+        assert get_gsm8k_questions("train", data)["answer"][:] == [gold]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
-    (tmp_path / "train.jsonl").write_text(GOOD, encoding="utf-8-sig")
-    assert len(get_gsm8k_questions("train", str(tmp_path))) == 1
+def test_which_rows_stay_with_which_gold(tmp_path, capsys):
+    golds = {"45.0": "45", "45": "45", "1,000": "1000", "$-3": "-3", "2.50": "2.50", "007": "7"}
+    golds |= dict.fromkeys(["38,5", "many", "", "18 eggs", "1/0", "3 or 4"])
+    rows = [{"question": "a", "answer": f"#### {gold}"} for gold in golds]
+    rows += [{"question": "a", "answer": "no hashes 5"}, {"question": "a"}]
+    rows += [{"question": None, "answer": "#### 5"}, {"question": "", "answer": "#### 5"}]
+    rows += [{"question": "a", "answer": "#### Step 1\n...\n#### 1.50"}]
+    data = get_gsm8k_questions("train", folder(tmp_path, *map(json.dumps, rows)))
+    assert data["answer"][:] == [*filter(None, golds.values()), "1.50"]
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
+    assert "10 of 17 train rows" in line
 
 
-def test_a_question_that_ends_its_own_turn_is_kept_and_reported(tmp_path, capsys):
-    """The tokenizer reads <|im_end|> in a question as the token: the turn ends there."""
-    bad = json.dumps({"question": "How<|im_end|> many?", "answer": "#### 4"})
-    rows = get_gsm8k_questions("train", folder(tmp_path, *[GOOD] * 7, bad))
-    trainer = grpo_demo.prepare_trainer(*laptop(tmp_path, "--report_to", "none"), rows)
-    assert "warning: 1 questions have tokens that end a turn" in capsys.readouterr().err
-    ids, _, _ = trainer._tokenize_prompts(rows["prompt"][:])
-    ends = [prompt.count(trainer.processing_class.eos_token_id) for prompt in ids]
-    assert ends == [2] * 7 + [3]
+WRONG = {  # name: what the folder holds, what the one line names
+    "not json": (["not json"], "train.jsonl"),
+    "half a line": ([GOOD, '{"quest'], "train.jsonl"),
+    "no text": ([GOOD.replace('"How many?"', "3")], "question"),
+    "an answer that is a number": ([GOOD, '{"question": "a", "answer": 18}'], "answer"),
+    "other columns": (['{"q": "a", "a": "#### 1"}'], "answer, question"),
+    "no number": ([GOOD.replace("####", "=")] * 3, "3 rows"),
+    "empty": ([], "train.jsonl"),
+    "too few": ([GOOD], "1 training rows do not fill a step of 8 prompts"),
+    "no test split": ([GOOD] * 8, "--evaluate False"),
+    "a bad test split": ([GOOD] * 8, "test.jsonl", "test.jsonl", "not json"),
+    "two formats": ([GOOD] * 8, "train.csv, train.jsonl", "train.csv", "a,b"),
+    "two places": ([GOOD] * 8, "train.jsonl, train.jsonl", "main/train.jsonl", GOOD),
+    "a part is missing": (None, "train-00001", "train-00001-of-00002.parquet", ""),
+    "no parquet": (None, "train.parquet", "train.parquet", "hello"),
+}
 
 
-def test_one_shot(tmp_path):
-    rows = get_gsm8k_questions("train", folder(tmp_path, GOOD), one_shot=True)
-    assert len(rows[0]["prompt"]) == 4
-
-
-def test_bad_rows_are_counted_in_one_line(tmp_path, capsys):
-    bad = [
-        '{"question": "a", "answer": "no hashes"}',
-        '{"question": "a", "answer": "#### many"}',
-        '{"question": "a"}',
-        '{"question": 3, "answer": "#### 1"}',
-        '{"question": null, "answer": "#### 1"}',
-        '["a"]',
-        '{"quest',
-        json.dumps({"question": "half a \ud83d", "answer": "#### 1"}),
-        '{"question": ' + "[" * 100_000,
-    ]
-    assert len(get_gsm8k_questions("train", folder(tmp_path, GOOD, *bad))) == 1
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_used_is_one_line_before_the_model_loads(tmp_path, capsys, case):
+    lines, named, *file = WRONG[case]
+    data, out = tmp_path / "data", tmp_path / "out"
+    if lines is not None:
+        folder(data, *lines)
+    if file:
+        (data / file[0]).parent.mkdir(parents=True, exist_ok=True)
+        (data / file[0]).write_text(file[1])
+    flags = ["--dataset_name", str(data), "--output_dir", str(out), "--report_to", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        grpo_demo.main([*LAPTOP, *flags, "--model_name_or_path", str(tmp_path / "no model")])
     (line,) = capsys.readouterr().err.splitlines()
-    assert "9 of 10 train rows left out" in line
-    parts = ("2 with no number after '####'", "4 with no text in", "2 with no JSON", "1 with half")
-    for part in parts:
-        assert part in line
+    assert stopped.value.code == 2 and line.startswith("error: ") and named in line, line
+    assert len(line) < 700 and "no model" not in line and not out.exists()
 
 
-@pytest.mark.parametrize(
-    "lines", [[], ["", " "], ['{"a": 1}'], ["not json"]], ids=["empty", "blank", "columns", "json"]
-)
-def test_no_usable_row_is_an_error(tmp_path, lines):
-    data = folder(tmp_path, *lines)
-    with pytest.raises(ValueError, match="no usable row"):
-        get_gsm8k_questions("train", data)
-    args, _ = laptop(tmp_path, "--dataset_name", data)
-    with pytest.raises(UserError, match=r"no split 'train' in dataset .*: no usable row"):
-        load_questions(args, "train")
+@pytest.mark.parametrize("file", ["train.jsonl", "train.parquet"])
+def test_own_columns_reach_the_rewards(tmp_path, monkeypatch, capsys, file):
+    """Those named as TRL's own do not, nor a text "007" that datasets made a number."""
+    taken = "prompts completion completions completion_ids image images environment environments "
+    taken = [*taken.split(), "messages", "chosen", "trainer_state", "log_extra", "log_metric"]
+    own = [{"question": f"{i}?", "answer": f"#### {i}.0", "level": i} for i in range(8)]
+    odd = dict.fromkeys([*taken, "prompt"], "hijacked")
+    rows = [row | odd | {"meta": {"at": [i]}} for i, row in enumerate(own)]
+    if file == "train.parquet":
+        Dataset.from_list(rows).to_parquet(tmp_path / file)
+    else:
+        rows[0]["id"], rows[1]["id"] = "007", 7
+        folder(tmp_path, *map(json.dumps, rows))
+    seen = []
+
+    def own(prompts, completions, answer, level, meta, optional=None, **kwargs):
+        asked = [prompt[-1]["content"] for prompt in prompts]
+        seen.extend(zip(asked, answer, level, meta, kwargs["question"], strict=True))
+        assert optional is None and "id" not in kwargs and "hijacked" not in kwargs.values()
+        return [float(value) for value in level]
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of pytest stay
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [*rewards.REWARD_FUNCS, own])
+    flags = "--evaluate False --max_steps 1 --max_completion_length 4 --save_strategy no --beta 0"
+    flags += f" --report_to none --dataset_name {tmp_path} --output_dir {tmp_path}/out"
+    grpo_demo.main([*LAPTOP, *flags.split()])
+    # before the last 64: the trial on the examples of rewards.py
+    wanted = [(f"{i}?", f"{i}", i, {"at": [i]}, f"{i}?") for i in range(8)]
+    assert sorted(seen[-64:], key=lambda row: row[2])[::8] == wanted
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if "columns left out" in line]
+    assert all(f"'{name}'" in line for name in [*taken, "prompt"]) and "level" not in line
+    assert ("'id'" in line) == (file == "train.jsonl")
 
 
-def test_a_missing_split_is_an_error(tmp_path):
-    args, _ = laptop(tmp_path, "--dataset_name", folder(tmp_path, GOOD))
-    with pytest.raises(UserError, match=r"no split .test.*--evaluate False.*test\.jsonl"):
-        load_questions(args, "test")
+def test_long_prompts_are_reported_and_kept(tmp_path, capsys):
+    rows = get_gsm8k_questions("train", "assets/tiny", one_shot=True)
+    assert {len(prompt) for prompt in rows["prompt"]} == {4}
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
+    ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)["input_ids"]
+    limit = sorted(map(len, ids))[len(ids) // 2]
+    long = sum(len(prompt) > limit for prompt in ids)
+    flags = ["--report_to", "none", "--max_prompt_length", str(limit), "--output_dir", tmp_path]
+    trainer = grpo_demo.build_trainer(*grpo_demo.parse_args([*LAPTOP, *map(str, flags)]), rows)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
+    assert f"{long} of {len(rows)} prompts" in line and 0 < long < len(rows)
+    assert trainer.train_dataset["prompt"][:] == rows["prompt"][:]
 
 
 def test_a_path_of_the_project_from_another_folder_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert grpo_demo.is_local("assets/tiny") and not grpo_demo.is_local("openai/gsm8k")
-    with pytest.raises(FileNotFoundError, match=r"looked for train\.jsonl"):
-        grpo_demo.get_gsm8k_questions("train", "assets/tiny")
-
-
-@pytest.mark.parametrize("test", [None, "", "not json"], ids=["missing", "empty", "unusable"])
-def test_no_test_split_is_an_error_before_any_work(tmp_path, monkeypatch, capsys, test):
-    monkeypatch.setenv("COLUMNS", "160")
-    data = folder(tmp_path, *[GOOD] * 8)
-    out = tmp_path / "out"
-    if test is not None:
-        folder(tmp_path, test, split="test")
-    with pytest.raises(SystemExit) as stopped:
-        grpo_demo.main([*LAPTOP, "--dataset_name", data, "--output_dir", str(out)])
-    assert stopped.value.code == 2 and not out.exists()
-    assert "--evaluate False" in capsys.readouterr().err
-
-
-def test_odd_characters_and_bytes(tmp_path):
-    row = {"question": "caf\u00e9 \u2028 \u0085 \U0001f600?", "answer": "#### 1"}
-    (tmp_path / "train.jsonl").write_bytes(
-        json.dumps(row, ensure_ascii=False).encode() + b"\n\xff\xfe\n" + GOOD.encode()
-    )
-    rows = get_gsm8k_questions("train", str(tmp_path))
-    assert [r["question"] for r in rows] == [row["question"], "How many?"]
-
-
-def test_long_prompts_are_reported_and_kept(tmp_path, capsys):
-    rows = get_gsm8k_questions("train", "assets/tiny")
-    tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
-    ids = tokenizer.apply_chat_template(rows["prompt"][:], add_generation_prompt=True)["input_ids"]
-    lengths = sorted(map(len, ids))
-    limit = lengths[len(lengths) // 2]
-    long = sum(length > limit for length in lengths)
-    flags = ["--report_to", "none", "--max_prompt_length", str(limit)]
-    trainer = grpo_demo.prepare_trainer(*laptop(tmp_path, *flags), rows)
-    errors = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in errors if line.startswith("warning")]
-    assert f"{long} of {len(rows)} prompts" in line and 0 < long < len(rows)
-    assert trainer.train_dataset["prompt"][:] == rows["prompt"][:]
-
-
-def test_too_few_rows_for_a_step(tmp_path):
-    args, model_args = laptop(tmp_path)
-    args.dataset_name, args.evaluate = folder(tmp_path, GOOD), False
-    with pytest.raises(UserError, match="1 training rows do not fill a step of 8 prompts"):
-        grpo_demo.train(args, model_args)
+    with pytest.raises(FileNotFoundError):
+        get_gsm8k_questions("train", "assets/tiny")
 
 
 @needs_gsm8k
 def test_real_gsm8k(capsys):
-    train, test = (get_gsm8k_questions(split, str(GSM8K)) for split in ("train", "test"))
-    assert (len(train), len(test)) == (7473, 1319) and capsys.readouterr().err == ""
-    assert train[0]["question"] == gsm8k("train")[0]["question"]
+    for split, n in (("train", 7473), ("test", 1319)):
+        rows, raw = get_gsm8k_questions(split, str(GSM8K)), gsm8k(split)
+        assert len(rows) == n and rows["question"][:] == [row["question"] for row in raw]
+        assert rows["answer"][:] == [rewards.extract_hash_answer(row["answer"]) for row in raw]
+    assert "warning" not in capsys.readouterr().err
 
 
-def embedded(split: str) -> list[dict]:
-    return [json.loads(line) for line in (ROOT / f"assets/tiny/{split}.jsonl").open()]
-
-
-def test_the_embedded_data():
-    splits = {split: embedded(split) for split in ("train", "test")}
-    questions = {split: {row["question"] for row in rows} for split, rows in splits.items()}
-    assert {split: len(asked) for split, asked in questions.items()} == {"train": 480, "test": 512}
-    assert not questions["train"] & questions["test"]
+def test_the_embedded_data_and_its_maker():
+    splits = {split: gsm8k(split, TINY) for split in ("train", "test")}
+    asked = {split: {row["question"] for row in rows} for split, rows in splits.items()}
+    assert [*map(len, asked.values())] == [480, 512] and not asked["train"] & asked["test"]
     for split, rows in splits.items():
         assert len(get_gsm8k_questions(split, "assets/tiny")) == len(rows)
-    files = [path for path in (ROOT / "assets/tiny").iterdir() if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 4_000_000
-
-
-def test_the_embedded_model_is_an_ordinary_directory():
-    tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
-    chat = [{"role": "user", "content": "12?"}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert text == "<|im_start|>user\n12?<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text and tokenizer.tokenize("12") == ["1", "2"]
-    config = json.loads((ROOT / "assets/tiny/config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
-
-
-def test_no_question_is_in_two_splits_of_the_maker():
-    for split in ("train", "test"):
-        assert {make.split_of(row["question"]) for row in embedded(split)} == {split}
+        assert {make.split_of(row["question"]) for row in rows} == {split}
     rng = make.random.Random(5)
-    fixed = {make.ONE_SHOT_QUESTION, "Equations"}
     messages = [message for _ in range(500) for message in make.sample(rng)[0]]
-    asked = {m["content"] for m in messages if m["role"] == "user"} - fixed
+    asked = {message["content"] for message in messages if message["role"] == "user"}
+    asked -= {make.ONE_SHOT_QUESTION, "Equations"}
     assert len(asked) > 400 and {make.split_of(question) for question in asked} == {"pretrain"}
+    files = [path for path in TINY.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4_000_000
