@@ -1,100 +1,131 @@
-"""The project itself: lint, pins, README's commands, which module needs which, private names."""
+"""The project itself: lint, pins, README, layers and lengths, private names, cards, records."""
 
 import ast
 import importlib.metadata
 import inspect
 import json
+import os
+import pydoc
 import re
-import shutil
 import subprocess
 import sys
-from graphlib import TopologicalSorter
+import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
+from transformers import Qwen2Config
 
-README = (ROOT / "README.md").read_text()
+from assets.research import benchmark, record
+from assets.tools import memory
+from grpo_demo import parse_args
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/**/*.md"))]
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in [*ROOT.glob("*.py"), *ROOT.glob("assets/**/*.py")]
 }
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
+TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
+# a module needs only modules of the layers before its own
+LAYERS = [{"rewards", "assets.settings"}, {"assets.trainer", "assets.watch"}]
+LAYERS += [{"assets.resume"}, {"assets.evaluate"}, {"grpo_demo"}]
+MEMORY = {"use_peft", "dtype", "bf16", "fp16", "gradient_checkpointing", "use_vllm"}
+MEMORY |= {"per_device_train_batch_size", "per_device_eval_batch_size", "steps_per_generation"}
+MEMORY |= {"gradient_accumulation_steps", "vllm_gpu_memory_utilization"}
+CARDS = sorted((ROOT / "assets/cards").glob("*.yaml"))
+DIFFERENCES = (ROOT / "assets/notes/differences.md").read_text(encoding="utf-8")
+NAMES = DIFFERENCES.partition("## Private")[2]
+PRIVATE = [[a, b] for a, b in re.findall(r"(?m)^\| `([^`]+)` \| `([^`]+)`", NAMES)]
 
 
-def test_ruff_is_clean():
-    for arguments in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *arguments, "."]
-        done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+def command(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run Python with these arguments."""
+    return subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True)
 
 
-def test_requirements_are_pinned_to_what_is_installed():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and line[0] != "#")
-    assert "trl" in pins
-    for name, version in pins.items():
+CHECKS = ["ruff check .", "ruff format --check .", "assets.research.tables --check"]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_check_passes(check):
+    done = command("-m", *check.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pins_are_what_is_installed_and_what_uv_reads():
+    """The regular expression is that of PEP 723."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and line[0] != "#"]
+    assert any(pin.startswith("trl==") for pin in pins)
+    for name, version in (pin.split("==") for pin in pins):
         assert importlib.metadata.version(name).split("+")[0] == version
+    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (found,) = re.finditer(block, TEXTS["grpo_demo"])
+    metadata = tomllib.loads(re.sub(r"(?m)^# ?", "", found["content"]))
+    assert (found["type"], metadata["dependencies"]) == ("script", pins)
+    assert metadata["requires-python"] == ">=3.11"
 
 
-def test_the_top_level_has_its_agreed_shape():
+def test_the_top_level_has_its_agreed_shape_and_ci_runs_readmes_test_command():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     top = {path.split("/")[0] for path in listed.stdout.splitlines() if not path.startswith(".")}
     files = {"grpo_demo.py", "rewards.py", "requirements.txt", "README.md", "LICENSE"}
-    assert top <= files | {"assets", "tests"}
-
-
-def test_ci_runs_readmes_test_command():
-    (command,) = re.findall(r"<!-- tests -->\n```bash\n(.*)\n```", README)
-    assert command.endswith("python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests")
-    assert "README.md" in (ROOT / ".ci/run").read_text()
+    assert top <= files | {"assets", "tests", "findings"}
+    for path in ROOT.glob("findings/*"):
+        text = path.read_text(encoding="utf-8")
+        assert path.suffix == ".sh" and os.access(path, os.X_OK) and "mktemp -d" in text, path
+        assert re.search(r"'[\w-]+==[\d.]+'", text), f"{path}: pins no package"
+    (line,) = re.findall(r"<!-- tests -->\n```bash\n(.*)\n```", README)
+    assert line.endswith("python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests")
+    assert "README.md" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
 def test_every_logged_metric_is_in_the_glossary():
-    lines = (ROOT / "assets/research/runs/laptop-42/metrics.jsonl").read_text().splitlines()
+    lines = (record.RUNS / "laptop-42/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"runtime"}
     shown = {re.sub(r"rewards/\w+_reward_func/", "rewards/<name>/", name) for name in logged}
-    glossary = (ROOT / "assets/notes/wandb.md").read_text()
+    glossary = (ROOT / "assets/notes/wandb.md").read_text(encoding="utf-8")
     assert "accuracy/strict" in shown
     assert [name for name in shown if f"`train/{name}`" not in glossary] == []
 
 
-def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_resolves(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        file, _, anchor = link.partition("#")
-        if not file.startswith("http"):
-            target = page.parent / file if file else page
-            assert target.exists(), link
-            assert not anchor or anchor in anchors(target), link
-
-
-def test_the_front_page_is_short():
+def test_the_pages_are_short_and_every_link_resolves():
     assert len(README.splitlines()) <= 200 and len(README.encode()) <= 16_000
-    before, _, _ = README.partition("python grpo_demo.py --config")
-    assert len(before.split()) <= 300
-    for page in PAGES[1:]:
-        assert len(page.read_text().splitlines()) <= 120, page
+    assert len(README.partition("python grpo_demo.py --config")[0].split()) <= 300
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    anchors = {  # as GitHub makes them
+        page: {
+            re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        }
+        for page, text in texts.items()
+    }
+    for page, text in texts.items():
+        assert page == PAGES[0] or len(text.splitlines()) <= 120, page
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, anchor = link.partition("#")
+            if not file.startswith("http"):
+                target = (page.parent / file).resolve() if file else page
+                assert target.exists() and (not anchor or anchor in anchors[target]), (page, link)
 
 
-def test_tables_show_the_records():
-    check = [sys.executable, "-m", "assets.research.tables", "--check"]
-    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_rewards_runs_alone(tmp_path):
-    shutil.copy(ROOT / "rewards.py", tmp_path)
-    alone = [sys.executable, "-I", "-S", "rewards.py"]  # no project, no installed package
-    done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "4.000" in done.stdout, done.stderr
+def test_the_reward_in_readme_works_when_pasted(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (block,) = [block for block in blocks if "REWARD_FUNCS.append" in block]
+    assert len([line for line in block.splitlines() if line]) <= 4
+    parts = re.fullmatch(r"(.*\nREWARD_FUNCS = \[.*?\n\]\n)(.*)", TEXTS["rewards"], re.DOTALL)
+    (tmp_path / "rewards.py").write_text(parts[1] + block + parts[2], encoding="utf-8")
+    done = command("-I", "-S", "rewards.py", cwd=tmp_path)  # no installed package
+    assert done.returncode == 0, done.stderr
+    rows = {line[:17].strip(): line[17:].split() for line in done.stdout.splitlines()}
+    assert len(rows["gold answer: 18"]) == 7  # six rewards and their sum
+    scores = {"perfect": [0.5, 0.5, 0.5, 0.5, 2.0, 0.5, 4.5]}
+    scores |= {"plain prose": [0, 0, 0, 0, 0, 0.5, 0.5], "wrong answer": [*[0.5] * 4, 0, 0, 2]}
+    assert {title: [float(cell) for cell in rows[title]] for title in scores} == scores
 
 
 def own_imports(tree: ast.AST) -> set[str]:
@@ -108,124 +139,100 @@ def own_imports(tree: ast.AST) -> set[str]:
     return names & FILES.keys()
 
 
-LAYERS = [  # a module needs only modules of the layers above it
-    {"rewards", "assets.common"},
-    {"assets.settings", "assets.verdict", "assets.wandb_run"},
-    {"assets.resume", "assets.terminal", "assets.evaluate"},
-    {"grpo_demo"},
-]
-
-
-def test_which_module_needs_which():
-    graph = {name: own_imports(tree) for name, tree in TREES.items()}
-    above = set()
+def test_a_run_needs_seven_modules_in_layers_and_all_code_is_short():
+    run, above = set().union(*LAYERS), {"rewards"}  # whose list the settings check
+    tools = {"assets.tools.memory", "assets.tools.pass_at_k"}  # imported in a function
     for layer in LAYERS:
-        for name in layer:
-            assert graph[name] - {"assets.memory", "assets.pass_at_k"} <= above, (
-                name
-            )  # imported in a function
+        assert all(own_imports(TREES[name]) - tools <= above for name in layer)
         above |= layer
-    assert graph["grpo_demo"] >= LAYERS[2] | {"rewards"}
-    TopologicalSorter(graph).prepare()  # raises CycleError
-
-
-def needed(name: str) -> set[str]:
-    """Return a module and those of the project that importing it imports."""
-    found = {name}
-    for statement in TREES[name].body:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            found |= {other for imported in own_imports(statement) for other in needed(imported)}
-    return found
-
-
-RUN = needed("grpo_demo")
-
-
-def test_the_code_of_a_run_is_short():
-    lines = {name: len(FILES[name].read_text().splitlines()) for name in sorted(RUN)}
-    print(sum(lines.values()), lines)
-    assert len(lines) <= 9 and sum(lines.values()) <= 2234  # 1,650 is the aim
-
-
-DIFFERENCES = (ROOT / "assets/notes/differences.md").read_text()
-PRIVATE = [
-    re.findall(r"`([^`]+)`", line)[:2]
-    for line in DIFFERENCES.partition("\n## Private names\n")[2].partition("\n## ")[0].splitlines()
-    if line.startswith("| `")
-]
+    assert set().union(*(own_imports(TREES[name]) for name in run)) | {"grpo_demo"} == run | tools
+    length = {name: len(text.splitlines()) for name, text in TEXTS.items()}
+    assert len(run) == 7 and sum(length[name] for name in run) <= 1800
+    assert sum(n for name, n in length.items() if name.startswith("assets.research")) <= 1000
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 40, (name, node.name)
 
 
 def is_there(name: str) -> bool:
     """Return whether a library has a name: `module.Class.attribute`, also one set in a method."""
-    parts = name.split(".")
-    for i in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:i]))
-            break
-        except ModuleNotFoundError:
-            continue
-    else:
-        return False
-    for part in parts[i:]:
-        if not hasattr(found, part):
-            fields = getattr(found, "model_fields", {})  # of a pydantic class
-            set_in_methods = inspect.isclass(found) and f"self.{part} = " in inspect.getsource(
-                found
-            )
-            return part == parts[-1] and (part in fields or set_in_methods)
-        found = getattr(found, part)
-    return True
+    owner, _, part = name.rpartition(".")
+    found = pydoc.locate(owner)
+    in_class = inspect.isclass(found) and f"self.{part} = " in inspect.getsource(found)
+    fields = getattr(found, "model_fields", {})  # of a pydantic class
+    return hasattr(found, part) or part in fields or in_class or bool(pydoc.locate(name))
 
 
-@pytest.mark.parametrize(("name", "file"), PRIVATE, ids=[name for name, _ in PRIVATE])
-def test_a_private_name_is_in_the_installed_version(name, file):
-    assert is_there(name), f"{name} is gone: {file} needs another way (assets/notes/differences.md)"
-    text = next(ROOT.rglob(f"assets/**/{file}"), ROOT / file).read_text()
-    assert name.split(".")[-1] in text, f"{file} does not use {name} any more: remove the row"
+def test_private_names_are_in_the_notes_and_in_the_installed_versions():
+    gone = ["trl.GRPOTrainer._log", "trl.no_such.x", "no_such_library.x", "wandb.Settings.x_"]
+    assert [name for name, _ in PRIVATE if not is_there(name)] == []
+    assert len(PRIVATE) >= 10 and not any(map(is_there, gone))
+    for module in set().union(*LAYERS) | {"assets.tools.memory"}:
+        used, file = set(), FILES[module].name
+        for node in ast.walk(TREES[module]):
+            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                used |= set(".".join([getattr(node, "module", ""), *names]).split("."))
+        listed = {part for name, where in PRIVATE if where == file for part in name.split(".")}
+        private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+        assert private <= listed, f"{file}: add {private - listed} to assets/notes/differences.md"
+        for name, where in PRIVATE:
+            assert where != file or name.split(".")[-1] in TEXTS[module], f"{file}: {name}"
 
 
-def test_a_name_that_is_gone_is_seen():
-    gone = (
-        "trl.GRPOTrainer._log",
-        "trl.no_such_module.x",
-        "no_such_library.x",
-        "wandb.Settings.x_",
-    )
-    assert not any(map(is_there, gone))
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_a_card_changes_only_what_memory_needs_and_leaves_a_tenth_free(path):
+    """vLLM gets its share of the card; the file and the notes state the estimate."""
+    here = ["--use_cpu", "True", "--use_vllm", "False"]  # the tests have no GPU and no vLLM
+    args, model_args = parse_args(["--config", str(path), *here])
+    card, default = (asdict(a) | asdict(b) for a, b in ((args, model_args), parse_args(here)))
+    written, size = path.read_text(encoding="utf-8"), int(path.stem.removesuffix("gb"))
+    values = yaml.safe_load(written)
+    changed = {name for name in default if card[name] != default[name]} | values.keys()
+    assert changed <= MEMORY | ({"learning_rate"} if card["use_peft"] else set())
+    assert card["per_device_train_batch_size"] * card["gradient_accumulation_steps"] == 64
+    assert (card["generation_batch_size"], card["num_generations"]) == (64, 16)
+    own = [args.gradient_checkpointing], [args.per_device_train_batch_size]
+    ((_, _, peak),) = memory.peaks(Qwen2Config(**memory.QWEN), args, model_args, *own)
+    vllm = values.get("use_vllm", False) * args.vllm_gpu_memory_utilization * size
+    top = max(peak.values()) / 1e9 + vllm
+    assert size in memory.CARDS and top <= memory.USABLE * size
+    assert re.search(r"Estimated peak: ([\d.]+) GB", written)[1] == f"{top:.1f}"
+    notes = (ROOT / "assets/notes/gpu.md").read_text(encoding="utf-8")
+    (row,) = [line for line in notes.splitlines() if line.startswith(f"| [`{path.name}`]")]
+    assert row.endswith(f"| {top:.1f} | {1 - top / size:.0%} |")
 
 
-def private_parts(tree: ast.Module) -> set[str]:
-    """Return private attributes that a module reads, and private parts of what it imports."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            names.add(node.attr)
-        elif isinstance(node, ast.Import):
-            names |= {part for alias in node.names for part in alias.name.split(".")}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {*node.module.split("."), *(alias.name for alias in node.names)}
-    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+def test_a_record_has_each_step_of_a_killed_run_once(tmp_path, monkeypatch):
+    """Killed in step 4, resumed at step 2, killed in step 5: without timers of what was cut off."""
+
+    def step(number: int, seconds: float, reward: float) -> list[dict]:
+        times = [("generate", seconds), ("loss", seconds / 2), ("loss", seconds / 4)]
+        rows = [{f"profiling/Time taken: GRPOTrainer.{name}": time} for name, time in times]
+        return [*rows, {"train/global_step": number, "train/reward": reward}]
+
+    first = [row for n in (1, 2, 3) for row in step(n, n, n / 10)] + step(4, 4, 0)[:2]
+    second = [row for n in (3, 4) for row in step(n, 10 * n, n)] + step(5, 50, 0)[:1]
+    files = {}
+    for name, rows in (("1", first), ("2", second)):
+        file = tmp_path / f"wandb/offline-run-{name}-x/run-x.wandb"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        timed = [row | {"_runtime": float(i)} for i, row in enumerate(rows, 1)]
+        files[file] = timed, {"args": name}
+    monkeypatch.setattr(record, "read_wandb", files.get)
+    metrics, timers, started = record.collect(tmp_path)
+    assert [m["global_step"] for m in metrics] == [1, 2, 3, 4]
+    assert [m["reward"] for m in metrics] == [0.1, 0.2, 3, 4]
+    assert [m["runtime"] for m in metrics] == [4, 8, 14 + 4, 14 + 8]  # the clock goes on
+    assert (started["resumed"], started["args"], started["seconds"]) == (1, "1", 14 + 9)
+    assert timers["generate"] == [1, 2, 30, 40]
+    assert timers["loss"] == [0.5, 0.25, 1, 0.5, 15, 7.5, 20, 10]
 
 
-def test_every_private_name_is_in_the_notes():
-    listed = {file: set() for _, file in PRIVATE}
-    for name, file in PRIVATE:
-        listed[file] |= set(name.split("."))
-    for module in RUN | {"assets.memory"}:
-        file = FILES[module].name
-        missing = private_parts(TREES[module]) - listed.get(file, set())
-        assert not missing, f"{file} uses {missing}: add it to assets/notes/differences.md"
-    assert private_parts(TREES["grpo_demo"]) == set()
-    assert len(PRIVATE) >= 10
-
-
-def test_functions_and_lines_are_short():
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    long = [
-        (name, node.name)
-        for name, tree in TREES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, kinds) and node.end_lineno - node.lineno >= 40
-    ]
-    assert long == []
-    assert max(map(len, Path(ROOT, "grpo_demo.py").read_text().splitlines())) <= 100
+@pytest.mark.parametrize("name", benchmark.MAINS)
+def test_the_benchmark_times_the_bare_trainer_and_the_script(name):
+    seconds, split = benchmark.run(name, f"{benchmark.LAPTOP} 3")
+    assert 0 < split["five rewards"] < split["generate"] < 3 * seconds

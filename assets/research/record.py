@@ -11,25 +11,19 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
 RUNS = Path(__file__).resolve().parent / "runs"
 PACKAGES = ["torch", "transformers", "trl", "datasets", "peft", "accelerate", "wandb", "vllm"]
-
-
-class Log(NamedTuple):
-    """What the W&B files of a run say."""
-
-    metrics: list[dict]  # a dict a step
-    timers: dict[str, list[float]]  # name -> seconds, in order
-    started: dict  # by which command, when, how often resumed, seconds in all
+# of a run's W&B files: a dict a step; timer -> seconds, in order; command, date, resumed, seconds
+Log = namedtuple("Log", "metrics timers started")
 
 
 def wandb_files(out: Path) -> list[Path]:
@@ -41,44 +35,37 @@ def read_wandb(file: Path) -> tuple[list[dict], dict]:
     """Return the history of a W&B file, a dict a row, and its environment: args, started_at."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = []
-    environment = {}
+    rows, found = [], {}
     for record in map(json.loads, text.splitlines()):
         if record["type"] == "stats":  # a sample each 15 seconds
             memory = record["stats"]["item"].get("proc.memory.rssMB", 0) * 2**20 / 1e9
-            environment["peak_memory_gb"] = max(memory, environment.get("peak_memory_gb", 0))
+            found["peak_memory_gb"] = max(memory, found.get("peak_memory_gb", 0))
         if record["type"] == "history":
             rows.append(record["history"]["item"])
-        environment = record.get("environment", {}) | environment
-    return rows, environment
+        found = record.get("environment", {}) | found
+    return rows, found
 
 
 def collect(out: Path) -> Log:
     """Return what a run logged, each step once: a killed run repeats steps when it resumes.
 
-    A step's timers are the rows before that of its metrics. Timers without such a row are those of
-    a step that was cut off, and left out. Offline each file has its own clock: `runtime` goes on.
+    Timers without a later row of metrics are of a step that was cut off, and left out. Offline each
+    file has its own clock: `runtime` goes on.
     """
-    steps: dict[int, dict] = {}  # the last row of each global step, and its timers
-    timed: dict[int, list[tuple[str, float]]] = {}
+    steps, timed, clock = {}, {}, 0.0  # by global step: the last row, and its timers
     started = {"resumed": len(wandb_files(out)) - 1}
-    clock = 0.0
     for file in wandb_files(out):
-        rows, environment = read_wandb(file)
-        before = clock if file.parent.name.startswith("offline") else 0.0
-        waiting = []  # timers of the step that is not logged yet
+        rows, facts = read_wandb(file)
+        before, waiting = clock if file.parent.name.startswith("offline") else 0.0, []
         for row in rows:
             clock = before + row["_runtime"]
             waiting += [(key, row[key]) for key in row if key.startswith("profiling/")]
             if "train/reward" in row:
                 step = row["train/global_step"]
-                metrics = {k: v for k, v in row.items() if k.startswith("train/")}
-                steps[step] = {k.removeprefix("train/"): v for k, v in metrics.items()}
-                steps[step]["runtime"] = clock
-                timed[step] = waiting
-                waiting = []
-        peak = max(environment.get("peak_memory_gb", 0), started.get("peak_memory_gb", 0))
-        started = environment | started | {"peak_memory_gb": round(peak, 2)}
+                metrics = {k[6:]: v for k, v in row.items() if k.startswith("train/")}
+                steps[step], timed[step], waiting = metrics | {"runtime": clock}, waiting, []
+        peak = max(facts.get("peak_memory_gb", 0), started.get("peak_memory_gb", 0))
+        started = facts | started | {"peak_memory_gb": round(peak, 2)}
     timers: dict[str, list[float]] = {}
     for key, seconds in itertools.chain(*timed.values()):
         timers.setdefault(key.split("GRPOTrainer.")[1], []).append(round(seconds, 6))
@@ -95,24 +82,21 @@ def time_split(metrics: list[dict], timers: dict[str, list[float]]) -> dict[str,
     steps = len(metrics)
 
     def seconds(name: str, every: int = 1) -> float:
-        """Return a step's seconds of a timer, or of every `every`-th entry."""
         values = timers.get(name, [])
         return sum(values[len(values) // steps :: every]) / (steps - 1)
 
-    generate = sum(seconds(name) for name in timers if "generate" in name)
-    logps = "_get_per_token_logps_and_entropies"
-    losses = len(timers["compute_loss"])
+    logps, losses = "_get_per_token_logps_and_entropies", len(timers["compute_loss"])
     references = len(timers[logps]) - losses  # none with beta 0
     reference = seconds(logps, every=losses // references + 1) if references else 0.0
-    policy = seconds(logps) - reference
+    policy, loss = seconds(logps) - reference, seconds("compute_loss")
     step_time = sum(m["step_time"] for m in metrics[1:]) / (steps - 1)
     parts = {
-        "generate": generate,
+        "generate": sum(seconds(name) for name in timers if "generate" in name),
         "five rewards": sum(seconds(name) for name in timers if name.endswith("_reward_func")),
         "reference log-probs": reference,
         "policy log-probs": policy,
-        "loss": seconds("compute_loss") - policy,
-        "backward": step_time - seconds("_prepare_inputs") - seconds("compute_loss"),
+        "loss": loss - policy,
+        "backward": step_time - seconds("_prepare_inputs") - loss,
     }
     whole = (metrics[-1]["runtime"] - metrics[0]["runtime"]) / (steps - 1)
     return parts | {"optimizer and the rest": whole - sum(parts.values())}
@@ -130,13 +114,9 @@ def read_completions(file: Path) -> list[dict]:
 
 
 def samples(steps: list[list[dict]]) -> list[dict]:
-    """Return ten completions of the first two steps and ten of the last two.
-
-    If none of the last ten is right, the run's last five right ones replace five of them.
-    """
-    kept = []
-    for rows in (*steps[:2], *steps[-2:]):
-        kept += rows[:: max(1, len(rows) // 5)][:5]
+    """Return ten completions of the first two steps and ten of the last two, right ones too."""
+    ends = (*steps[:2], *steps[-2:])
+    kept = [row for rows in ends for row in rows[:: max(1, len(rows) // 5)][:5]]
     right = [row for rows in steps for row in rows if row["simple_correctness_reward_func"] == 2]
     if not any(row in right for row in kept[10:]):
         kept[10:15] = right[-5:]
@@ -145,31 +125,22 @@ def samples(steps: list[list[dict]]) -> list[dict]:
 
 def most_varied_group(steps: list[list[dict]]) -> list[dict]:
     """Return the group of the first two steps with the most different rewards."""
-    groups = []
-    for rows in steps[:2]:
-        by_question = itertools.groupby(rows, key=lambda row: row["question"])
-        groups += [list(group) for _, group in by_question]
-    return max(groups, key=lambda group: len({row["advantage"] for row in group}))
-
-
-def ending(text: str) -> str:
-    """Return what follows the last `</answer>`; `none` if there is no such tag."""
-    tail = text.rpartition("</answer>")[2] if "</answer>" in text else "none"
-    only = tail.endswith("</reasoning>") and text.count("</reasoning>") == 1
-    return f"{tail} (the only one)" if only else tail
+    groups = {}
+    for row in itertools.chain(*steps[:2]):
+        groups.setdefault((row["step"], row["question"]), []).append(row)
+    return max(groups.values(), key=lambda group: len({row["advantage"] for row in group}))
 
 
 def endings(out: Path, steps: list[list[dict]]) -> dict[str, dict[str, int]]:
-    """Count how the completions of each evaluation and of each step end.
+    """Count what follows the last `</answer>` in the completions of each evaluation and step.
 
-    Named are nothing, the newline that the format asks for, the four most frequent endings, and
-    `none` (no `</answer>`); the rest is `other`.
+    Named are nothing, a newline, `none` (no `</answer>`) and the four most frequent others.
     """
-    tails = {}
-    for file in sorted(out.glob("evaluation/*.parquet")):
-        tails[file.stem] = [ending(text) for text in pd.read_parquet(file)["completion"]]
-    for rows in steps:
-        tails[f"step {rows[0]['step']}"] = [ending(row["completion"]) for row in rows]
+    files = sorted(out.glob("evaluation/*.parquet"))
+    texts = {file.stem: pd.read_parquet(file)["completion"] for file in files}
+    texts |= {f"step {rows[0]['step']}": [row["completion"] for row in rows] for rows in steps}
+    last = re.compile(r"(?s).*</answer>(.*)")
+    tails = {k: [(last.match(x) or ["", "none"])[1] for x in v] for k, v in texts.items()}
     fixed = ["", "\n", "none"]
     often = Counter(tail for found in tails.values() for tail in found if tail not in fixed)
     named = [*fixed, *(tail for tail, _ in often.most_common(4))]
@@ -179,14 +150,13 @@ def endings(out: Path, steps: list[list[dict]]) -> dict[str, dict[str, int]]:
 def environment() -> dict:
     """Return what a run's numbers depend on besides its settings: hardware, Python, versions."""
     path = Path("/proc/cpuinfo")
-    info = path.read_text().splitlines() if path.exists() else []
-    models = [line.split(": ")[1] for line in info if line.startswith("model name")]
+    models = re.findall(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
     hardware = {"cpu": (models or [platform.processor()])[0], "cores": os.cpu_count()}
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
         hardware |= {"gpu": listed.stdout.strip()} if listed.returncode == 0 else {}
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    installed = importlib.metadata.distributions()
+    versions = {d.name: d.version for d in installed if d.name in PACKAGES}
     return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
 
 
@@ -198,10 +168,8 @@ def moved(before: Path, after: Path) -> dict[str, float]:
     folders = [safe_open(folder / "model.safetensors", "pt") for folder in (before, after)]
     for name in folders[0].keys():  # noqa: SIM118
         old, new = (folder.get_tensor(name).double() for folder in folders)
-        changed += (old != new).sum().item()
-        count += old.numel()
-        squares += ((new - old) ** 2).sum().item()
-        length += (old**2).sum().item()
+        changed, count = changed + (old != new).sum().item(), count + old.numel()
+        squares, length = squares + ((new - old) ** 2).sum().item(), length + (old**2).sum().item()
     return {"changed": changed / count, "distance": (squares / length) ** 0.5}
 
 
@@ -212,40 +180,41 @@ def write_record(out: Path, folder: Path) -> int:
         "command": " ".join(["python grpo_demo.py", *started.get("args", [])]),
         "date": started.get("started_at", "")[:10],
         **environment(),
-        "seconds": started["seconds"],
-        "peak_memory_gb": started["peak_memory_gb"],
-        "resumed": started["resumed"],
-        "settings": json.loads((out / "run.json").read_text())["settings"],
+        **{key: started[key] for key in ("seconds", "peak_memory_gb", "resumed")},
+        "settings": json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"],
     }
     model = Path(record["settings"]["model_name_or_path"])
     if all((place / "model.safetensors").exists() for place in (model, out)):
         record["moved"] = moved(model, out)
+    steps = [read_completions(file) for file in sorted(out.glob("completions/*.parquet"))]
+    files = {"record": record, "samples": samples(steps), "endings": endings(out, steps)}
+    files["group"] = most_varied_group(steps)
+    texts = {f"{k}.json": json.dumps(v, indent=1, default=str) + "\n" for k, v in files.items()}
+    texts["timers.json"] = json.dumps(timers) + "\n"
+    texts["metrics.jsonl"] = "".join(json.dumps(m, sort_keys=True) + "\n" for m in metrics)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [json.dumps(step, sort_keys=True) + "\n" for step in metrics]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-    (folder / "timers.json").write_text(json.dumps(timers) + "\n")
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     if (out / "evaluation.json").exists():
         shutil.copy(out / "evaluation.json", folder)
-    steps = [read_completions(file) for file in sorted(out.glob("completions/*.parquet"))]
-    texts = {"samples": samples(steps), "group": most_varied_group(steps)}
-    for name, rows in (texts | {"endings": endings(out, steps)}).items():
-        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1, default=str) + "\n")
     return len(metrics)
+
+
+def command_line(text: str) -> argparse.ArgumentParser:
+    """Return a parser whose help is a module's docstring."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=text, formatter_class=raw)
 
 
 def main() -> None:
     """Run the command line: a finished run's output directory, and a name in runs/."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command_line(__doc__)
     parser.add_argument("out", type=Path, help="output directory of a finished run")
     parser.add_argument("name", help="of the record")
     args = parser.parse_args()
     if not wandb_files(args.out) or not list(args.out.glob("completions/*.parquet")):
         parser.error(f"{args.out} is no run with W&B files and completions")
-    steps = write_record(args.out, RUNS / args.name)
-    size = sum(file.stat().st_size for file in (RUNS / args.name).iterdir()) / 1e3
-    print(RUNS / args.name, f"{size:.0f} kB, {steps} steps")
+    print(f"{RUNS / args.name}: {write_record(args.out, RUNS / args.name)} steps")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Make the embedded default from nothing: a 0.7M-parameter Llama chat model and its word problems.
 
-    python assets/tiny/make.py                  # 11 minutes on 2 CPU cores; writes beside this file
-    python assets/tiny/make.py --out /tmp/tiny  # somewhere else
-    python assets/tiny/make.py --steps 20       # a smoke run: right files, an untrained model
+    python -m assets.tools.make                  # 11 minutes on 2 CPU cores; writes assets/tiny
+    python -m assets.tools.make --out /tmp/tiny  # somewhere else
+    python -m assets.tools.make --steps 20       # a smoke run: right files, an untrained model
 
 Pre-training is supervised. The model can do the arithmetic. It knows the XML format and writes it
 whenever a system prompt of its own asks for it. Under the gist's system prompt it mostly answers in
@@ -23,7 +23,6 @@ import json
 import operator
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -33,15 +32,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-from grpo_demo import (  # noqa: E402
-    ONE_SHOT_QUESTION,
-    ONE_SHOT_REASONING,
-    SYSTEM_PROMPT,
-    XML_COT_FORMAT,
-)
-from rewards import STRICT_FORMAT, is_lenient_correct  # noqa: E402
+from grpo_demo import ONE_SHOT_QUESTION, ONE_SHOT_REASONING, SYSTEM_PROMPT, XML_COT_FORMAT
+from rewards import STRICT_FORMAT, score
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 SEED = 0
 STEPS = 4000  # 0.16 s each on 2 cores
@@ -362,7 +356,8 @@ def choose_hard_share(
             ]
             texts = answers(model, tokenizer, chats)
             right = sum(
-                is_lenient_correct(t, str(m[1][-1][1])) for t, m in zip(texts, made, strict=True)
+                score(text, str(m[1][-1][1]))["lenient_accuracy"]
+                for text, m in zip(texts, made, strict=True)
             )
             accuracy[hard, system] = right / rows
             strict = sum(bool(STRICT_FORMAT.match(text)) for text in texts)
@@ -410,7 +405,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=TINY)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,11 @@ The reference's pass is left out: the loss' own holds more.
 
 Not counted: the CUDA context, cuBLAS workspaces, buffers inside kernels, memory that PyTorch's
 allocator holds but cannot use, and the evaluation's one-shot example: a tenth of the card is kept
-free for them. 1 GB is 10^9 bytes, for tensors and for cards.
+free for them. Linear attention runs PyTorch's own code, which may hold more than special kernels.
+1 GB is 10^9 bytes, for tensors and for cards.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -31,7 +33,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-from assets.common import UserError, as_user_error, print_once
+from assets.settings import UserError, as_user_error, print_once
 
 CARDS = (16, 24, 48, 80)  # GB; each has settings in assets/cards
 USABLE = 0.9  # of a card: the rest is for what is not counted
@@ -96,16 +98,9 @@ class Step:
         self.fill_gradients()
         self.update()
 
-    def fill_gradients(self) -> None:
-        """Let there be gradients, as there are from the second micro-batch on."""
+    def fill_gradients(self) -> None:  # as from the second micro-batch on
         for parameter in self.trained:
             parameter.grad = torch.ones_like(parameter)
-
-    def checkpoint(self) -> None:
-        """Turn gradient checkpointing on, as the trainer does."""
-        self.model.gradient_checkpointing_enable()
-        if hasattr(self.model, "peft_config"):
-            self.model.enable_input_require_grads()
 
     def batch(self, rows: int, length: int) -> dict[str, torch.Tensor]:
         mask = torch.ones(rows, length, dtype=torch.long)
@@ -113,26 +108,20 @@ class Step:
         return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
 
     @torch.no_grad()
-    def prefill(self, rows: int) -> None:
-        """Read the prompts of a generate call, one for each of its completions."""
-        batch = self.batch(rows, self.args.max_prompt_length)
+    def generate(self, rows: int) -> None:
+        """Read prompts, then sample the last token of all completions: the KV cache is longest."""
+        prompt, new = self.args.max_prompt_length, self.args.max_completion_length - 1
         with self.autocast():
-            self.cache = self.model(**batch, logits_to_keep=1).past_key_values
-
-    @torch.no_grad()
-    def decode(self, rows: int) -> None:
-        """Sample the last token of all completions, when the KV cache is longest."""
-        length = self.args.max_prompt_length + self.args.max_completion_length
-        batch = self.batch(rows, length)
-        for layer in self.cache.layers:
-            _, heads, _, size = layer.keys.shape
-            layer.keys = layer.keys.new_ones(rows, heads, length - 1, size)
-            layer.values = torch.ones_like(layer.keys)
-        batch["input_ids"] = batch["input_ids"][:, -1:]
-        with self.autocast():
-            logits = self.model(**batch, past_key_values=self.cache).logits[:, -1].float()
+            cache = self.model(**self.batch(rows, prompt), logits_to_keep=1).past_key_values
+            for layer in cache.layers:
+                if getattr(layer, "keys", None) is not None:  # a linear layer's state does not grow
+                    more = (x[:, :, :1].expand(-1, -1, new, -1) for x in (layer.keys, layer.values))
+                    layer.update(*more)  # a sliding one keeps a view of its window
+                    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            batch = self.batch(rows, prompt + new + 1)
+            batch["input_ids"] = batch["input_ids"][:, -1:]
+            logits = self.model(**batch, past_key_values=cache).logits[:, -1].float()
         torch.multinomial(TopK(self.args.top_k)(None, logits).softmax(-1), 1)
-        del self.cache
 
     def loss(self, rows: int) -> None:
         """Score a micro-batch with TRL's own method, and go backward."""
@@ -154,10 +143,8 @@ class Step:
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """Let fake CPU tensors take what CUDA's attention, dropout and TRL's Triton kernels take.
-
-    (Fake CUDA tensors have no autograd in a torch without CUDA.)
-    """
+    """Let fake CPU tensors take what CUDA's attention, dropout and TRL's Triton kernels take."""
+    # fake CUDA tensors have no autograd in a torch without CUDA
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
         if torch.is_autocast_enabled("cpu"):
@@ -184,13 +171,14 @@ def peaks(
     config: PretrainedConfig,
     args: GRPOConfig,
     model_args: ModelConfig,
-    modes: Iterable[bool] = (False, True),
+    modes: Iterable[bool] = (False, True),  # gradient checkpointing, False before True
     sizes: Iterable[int] = (),
+    enough: float = float("inf"),
 ) -> Iterator[tuple[bool, int, dict[str, int]]]:
     """Yield gradient checkpointing (on or off), micro-batch, and each phase's peak in bytes.
 
-    modes  gradient checkpointing, False before True
     sizes  micro-batches; without them the powers of two that divide the step, and the setting
+    enough  bytes: larger micro-batches than the first that takes more are left out
     """
     own = args.per_device_train_batch_size
     calls = {"generation": own * args.steps_per_generation}  # completions in a generate call
@@ -201,50 +189,62 @@ def peaks(
     with cuda_kernels(), FakeTensorMode(), Memory() as memory:
         step, peak = Step(config, args, model_args), {}
         for name, n in calls.items():
-            peak[name] = max(memory.of(step.prefill, n), memory.of(step.decode, n))
+            peak[name] = memory.of(step.generate, n)
         step.fill_gradients()
         peak["optimizer"] = memory.of(step.update)
         step.fill_gradients()
         for checkpointing in modes:
-            if checkpointing:
-                step.checkpoint()
+            if checkpointing:  # as the trainer turns it on
+                step.model.gradient_checkpointing_enable()
+                step.model.enable_input_require_grads()
             for rows in sizes:
-                yield checkpointing, rows, peak | {"loss": memory.of(step.loss, rows)}
-
-
-def check(args: GRPOConfig, model_args: ModelConfig) -> None:
-    """Raise UserError for what is not simulated."""
-    if args.use_vllm:
-        raise UserError("not estimated with vLLM: add --use_vllm False; vLLM's share is on top")
-    if args.optim != "adamw_torch" or model_args.load_in_4bit:
-        raise UserError("not estimated in 4 bits, or with another optimizer")
+                loss = memory.of(step.loss, rows)
+                yield checkpointing, rows, peak | {"loss": loss}
+                if loss > enough and rows >= own:
+                    break
 
 
 def report(args: GRPOConfig, model_args: ModelConfig) -> None:
     """Print the table of `--estimate_memory`, what fits each card, and each card's file."""
-    check(args, model_args)
+    if args.use_vllm:
+        raise UserError("not estimated with vLLM: add --use_vllm False; vLLM's share is on top")
+    if args.optim != "adamw_torch" or model_args.load_in_4bit:
+        raise UserError("not estimated in 4 bits, or with another optimizer")
+    logging.getLogger(FakeTensorMode.__module__).disabled = True  # the error is one line below
     name, largest = model_args.model_name_or_path, {}
     own = (model_args.use_peft, args.gradient_checkpointing, args.per_device_train_batch_size)
     row = "{:<8} {:>13} {:>11} {:>8}  {:<10}{}"
-    print_once(f"Peak memory of {name}, estimated in about a minute:")
-    print_once(
-        f"prompts of {args.max_prompt_length} tokens, completions of {args.max_completion_length}"
-    )
-    print_once(row.format("training", "checkpointing", "micro-batch", "peak, GB", "in", ""))
     with as_user_error(f"cannot estimate {name!r}"):
         config = Qwen2Config(**QWEN) if name == DEFAULT else AutoConfig.from_pretrained(name)
-        for training, model_args.use_peft in (("full", False), ("LoRA", True)):
-            for checkpointing, rows, peak in peaks(config, args, model_args):
+    print_once(
+        f"Peak memory of {name}, estimated line by line, in all about two minutes on an idle CPU:\n"
+        f"prompts of {args.max_prompt_length} tokens, completions of {args.max_completion_length}"
+    )
+    if (text := config.get_text_config()) is not config:
+        print_once("its text model alone: parts for images or sound are not counted")
+    print_once(row.format("training", "checkpointing", "micro-batch", "peak, GB", "in", ""))
+    for training, model_args.use_peft in (("full", False), ("LoRA", True)):
+        try:
+            for checkpointing, rows, peak in peaks(text, args, model_args, enough=max(CARDS) * 1e9):
                 phase, mode = max(peak, key=peak.get), "on" if checkpointing else "off"
                 these = own == (model_args.use_peft, checkpointing, rows)
                 mark, top = " <- these settings" if these else "", peak[phase] / 1e9
                 print_once(row.format(training, mode, rows, f"{top:.1f}", phase, mark))
                 fits = largest.setdefault(f"{training}, checkpointing {mode}", {})
                 fits |= {card: rows for card in CARDS if top <= USABLE * card}
-    row = "{:<40}" + " {:>9}" * len(CARDS)
-    free = f"Largest micro-batch that leaves {1 - USABLE:.0%} free"
-    print_once("\n" + row.format(free, *(f"{card} GB" for card in CARDS)))
-    for mode, fits in largest.items():
-        print_once(row.format(mode, *(fits.get(card, "none") for card in CARDS)))
-    files = [f"{card}gb.yaml" for card in CARDS]
-    print_once(row.format("For Qwen2.5-1.5B: --config assets/cards/", *files))
+        except Exception as error:  # a model's own code may need data, or another kernel
+            why = str(error).splitlines() or [type(error).__name__]
+            print_once(f"{training:<8} not estimated from here on: {why[0]}")
+    if not largest:
+        raise UserError(f"cannot estimate {name!r}: see above")
+    show_fits(largest)
+
+
+def show_fits(largest: dict[str, dict[int, int]]) -> None:
+    """Print the largest micro-batch of each way to train on each card, as far as one fits."""
+    table = {f"Largest micro-batch that leaves {1 - USABLE:.0%} free": [f"{c} GB" for c in CARDS]}
+    table |= {mode: [fits.get(c, "none") for c in CARDS] for mode, fits in largest.items()}
+    table["For Qwen2.5-1.5B: --config assets/cards/"] = [f"{c}gb.yaml" for c in CARDS]
+    print_once()
+    for title, cells in table.items():
+        print_once(f"{title:<40}" + "".join(f" {cell:>9}" for cell in cells))

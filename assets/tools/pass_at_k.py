@@ -2,7 +2,13 @@
 
 import math
 
-from assets.verdict import Answer, Interval, mean_interval
+from assets.evaluate import mean_interval
+
+
+def report(sampled: dict[str, list[dict]], n: int) -> tuple[dict, list[str], str]:
+    """Return summary, lines and sentence of n sampled answers a question; name -> answers."""
+    passed = {name: summarize_samples(answers, n) for name, answers in sampled.items()}
+    return passed, table(passed), explain(passed) if len(passed) == 3 else ""
 
 
 def pass_at_k(k: int, n: int, right: int) -> float:
@@ -13,7 +19,7 @@ def pass_at_k(k: int, n: int, right: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def summarize_samples(answers: list[Answer], n: int) -> dict[str, dict[int, Interval]]:
+def summarize_samples(answers: list[dict], n: int) -> dict[str, dict[int, dict]]:
     """Return pass@k for k = 1, 2, 4, ... n: kind of accuracy -> k -> mean over the questions.
 
     answers  n sampled answers to each question, in a row; `n` of a mean is that number too
