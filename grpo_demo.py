@@ -232,7 +232,7 @@ def read_split(name: str, config: str | None, split: str) -> Dataset:
     if len(found) != 1 or len(found[0]) != int(parts or 1):
         there = sorted(file.name for files in found or [path.glob("*")] for file in files)
         looked = f"looked for one {split}.jsonl or {split}.parquet, or all its parts"
-        raise FileNotFoundError(f"{looked}; found {', '.join(there[:9])}")
+        raise FileNotFoundError(f"{looked}; found {', '.join(there[:9]) or 'no such folder'}")
     ending = found[0][0].name.removesuffix(".gz").rpartition(".")[2]
     kind = ending if ending in ("csv", "parquet") else "json"
     files = [glob.escape(str(file)) for file in found[0]]
@@ -302,6 +302,8 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if is_local(name):
+        if not os.path.isdir(name):
+            raise FileNotFoundError("no such folder")
         name = os.path.abspath(name)  # an adapter stores where its base model is
         for file in Path(name).glob("*.safetensors"):  # transformers would say: no such file
             file.open("rb").close()

@@ -80,7 +80,7 @@ class Evaluation:
         pairs = zip(self.rows["question"], self.rows["answer"], strict=True)
         pairs = [pair for pair in pairs for _ in range(samples or 1)]
         answers = on_first_process(lambda: read_answers(path, pairs))
-        print_once(f"{title}: {len(answers)} of {len(pairs)} answers are kept already")
+        print_once(f"{title}: {len(pairs)} answers, of which {len(answers)} are kept")
         size = args.per_device_eval_batch_size * args.world_size
         hidden = args.disable_tqdm or args.process_index > 0 or None  # None: if in no terminal
         for done in tqdm(range(len(answers), len(pairs), size), title, leave=False, disable=hidden):

@@ -208,7 +208,7 @@ class StopAndResume(TrainerCallback):
             print_error("\nstopped; the same command resumes")
             raise SystemExit(128 + number)
         self.signal = self.signal or number  # SIGHUP and SIGXCPU come more than once
-        print_error("\nfinishing the step, then saving; Ctrl-C stops at once")
+        print_error("\nfinishing the step, then saving; Ctrl-C again stops at once")
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if state.global_step >= state.max_steps:  # transformers would train one more step
