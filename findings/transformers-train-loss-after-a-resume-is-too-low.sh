@@ -2,9 +2,9 @@
 # The train_loss that train() reports after a resume is too low, by as much as was already trained.
 #
 # Versions: transformers 5.17.0 (Trainer, and so TRL 1.16.0), accelerate 1.15.0, torch 2.13.0.
-# What happens: train_loss is the sum of the losses of THIS session divided by the steps of ALL sessions.
+# What happens: train_loss is the sum of the losses of THIS start divided by the steps of ALL starts.
 #   A run resumed for its last tenth reports a tenth of its loss. The steps per second are wrong the
-#   other way: all steps are divided by the seconds of this session.
+#   other way: all steps are divided by the seconds of this start.
 # Seen: 20 steps, resumed at step 18: same final weights and the same logged losses, about 3.4 each, but
 #   train_loss 0.33 instead of 3.42.
 # A good guess: the mean over the whole run, or over the steps since the resume.
