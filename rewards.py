@@ -8,6 +8,7 @@ Source: gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb
 import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -164,19 +165,18 @@ EXAMPLES = [  # name, completion, comment; the gold answer is 18
 
 def try_rewards(reward_funcs: list, row: dict | None = None) -> dict[str, list[float | None]]:
     """Return name -> rewards of the examples, called as TRL does; `row` has the other columns."""
-    names = [getattr(getattr(r, "func", r), "__name__", type(r).__name__) for r in reward_funcs]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"REWARD_FUNCS needs rewards, each with its own name, not {names}")
     row = {**(row or {}), "question": "What is 9 times 2?", "answer": "18", "completion_ids": [0]}
     row["prompts"] = [{"role": "user", "content": row["question"]}]
     found, size = {}, len(EXAMPLES)
-    columns = {name: [value] * size for name, value in row.items() if name != "prompt"}
-    columns |= dict.fromkeys(["log_extra", "log_metric"], lambda *args: None)
-    columns["trainer_state"] = SimpleNamespace(global_step=0, max_steps=1)
-    for name, reward in zip(names, reward_funcs, strict=True):
-        completions = [[{"role": "assistant", "content": text}] for _, text, _ in EXAMPLES]
+    given = {name: [value] * size for name, value in row.items() if name != "prompt"}
+    given["completions"] = [[{"role": "assistant", "content": text}] for _, text, _ in EXAMPLES]
+    given |= dict.fromkeys(["log_extra", "log_metric"], lambda *args: None)
+    given["trainer_state"] = SimpleNamespace(global_step=0, max_steps=1)
+    for reward in reward_funcs:
+        name = getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)
+        columns = deepcopy(given)
         try:
-            got = reward(completions=completions, **columns)
+            got = reward(**columns)
             if asyncio.iscoroutine(got):  # in a thread: a notebook's own runs a loop already
                 got = ThreadPoolExecutor().submit(asyncio.run, got).result()
         except Exception as error:
@@ -184,6 +184,8 @@ def try_rewards(reward_funcs: list, row: dict | None = None) -> dict[str, list[f
         is_list = hasattr(got, "__len__") and not isinstance(got, dict) and len(got) == size
         if not is_list or not all(x is None or hasattr(x, "__float__") for x in got):
             raise ValueError(f"{name} returned {got!r:.99}, not {size} numbers for {size} texts")
+        if columns != given:
+            raise ValueError(f"{name} edits what it is given; the next reward gets that too")
         found[name] = got
     return found
 

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
 from filelock import FileLock
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from assets.settings import UserError, as_user_error, print_error, print_once
@@ -27,14 +27,13 @@ from assets.watch import close_run
 
 # Settings that may differ when a run resumes: they change no number, but for rounding, or what they
 # name is compared itself, in `describe`
-FREE = """evaluate eval_only eval_samples eval_generations *eval_batch_size estimate_memory
+FREE = """evaluate eval_only eval_samples eval_generations *eval_batch_size
     output_dir overwrite_output report_to project run_name log_* logging_* *_to_print print_steps
     save_* hub_* disable_tqdm local_rank *train_batch_size gradient_accumulation_steps
     gradient_checkpointing steps_per_generation dataloader_num_workers dataloader_p*
     torch_empty_cache_steps vllm_gpu* vllm_enable_sleep_mode vllm_server_* model_name_or_path
     model_revision dataset_name dataset_config chat_template_kwargs max_prompt_length"""
-DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
-LEFT_OVER = re.compile(r"eval-|run\.part$|\.lock$")  # what the script leaves before a run begins
+LEFT_OVER = re.compile(r"eval-|run\.part$")  # what the script leaves before a run begins
 STOPS = re.compile("SIG(TERM|INT|HUP|USR1|USR2|XCPU)")  # Windows has the first two
 STOPS = [number for number in signal.Signals if STOPS.fullmatch(number.name)]
 
@@ -58,25 +57,20 @@ def on_first_process(function: Callable[[], object]) -> object:
 def describe(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer) -> dict[str, str]:
     """Return what must be equal when a run resumes: settings, and hashes of what it uses (10 s)."""
     config = vars(model_args) | args.to_sanitized_dict() | {"world_size": args.world_size}
-    batch = args.per_device_train_batch_size
+    batch, rows = args.per_device_train_batch_size, trainer.train_dataset
     config["optimizer batch"] = batch * args.gradient_accumulation_steps * args.world_size
     config |= {"micro-batch": batch} if order_matters(args) else {}  # the loss has means over it
-    data = [trainer.train_dataset]
-    if args.eval_strategy != "no":  # its reward is logged
-        data, config["held-out batch"] = [*data, trainer.eval_dataset], args.eval_batch_size
     free = {name for name in config for pattern in FREE.split() if fnmatch(name, pattern)}
     model, weights = trainer.model, sha256()
     for name, weight in model.named_parameters():
         weight = getattr(weight, "ds_tensor", weight).detach()  # ZeRO-3: the part that is here
         weights.update(f"{name} {weight.dtype} {weight.shape}".encode())
         weights.update(weight.flatten().view(torch.uint8).cpu().numpy())
-    architecture = model.config.to_diff_dict() | {"transformers_version": "", "use_cache": ""}
     used = {
-        "prompts": [trainer._tokenize_prompts(rows["prompt"][:])[0] for rows in data],
-        "other columns": [rows.remove_columns("prompt").to_dict() for rows in data],
+        "prompts": trainer._tokenize_prompts(rows["prompt"][:])[0],
+        "other columns": rows.remove_columns("prompt").to_dict(),
         "rewards": read_code(),
-        "model": [architecture, [getattr(part, "scaling", 0) for part in model.modules()]],
-        "weights": weights.hexdigest(),
+        "weights": [weights.hexdigest(), [getattr(part, "scaling", 0) for part in model.modules()]],
         "stop tokens": [trainer.eos_token_ids, trainer.processing_class.pad_token_id],
         "precision": [trainer.accelerator.mixed_precision, model.dtype],
         "launched as": trainer.accelerator.distributed_type,
@@ -124,15 +118,9 @@ def decide(args: GRPOConfig, now: dict[str, str]) -> tuple[str, str, dict, str |
     return "resumable", f"resuming from {checkpoint or 'step 0'}", old, checkpoint
 
 
-def find_steps(out: Path) -> list[int]:
-    """Return the steps that have a checkpoint, complete or not, the last one first."""
-    names = [folder.name.removeprefix("checkpoint-") for folder in out.glob("checkpoint-*")]
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
 def newest_checkpoint(out: Path) -> str | None:
     """Return the newest checkpoint whose files are all there, and as long as when it was saved."""
-    for folder in (out / f"checkpoint-{step}" for step in find_steps(out)):
+    for folder in map(Path, reversed(sort_checkpoints(out))):
         with suppress(OSError, ValueError):
             sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
             if all((folder / name).stat().st_size == size for name, size in sizes.items()):
@@ -152,10 +140,8 @@ def open_output(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer)
     elif args.process_index == 0:
         if (out / "run.json").exists():
             aside = out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}")
-            aside.mkdir()
-            for file in sorted(out.iterdir(), key=lambda f: f.name == "run.json"):  # that last
-                if file.name != ".lock":
-                    file.rename(aside / file.name)
+            with as_user_error(f"--overwrite_output cannot move {out} aside"):
+                out.rename(aside)
             print_once(f"moved the old {out} to {aside}")
         write_json(out / "run.json", record)
     return found
@@ -170,22 +156,18 @@ def choose_evaluation(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTr
 
 @contextmanager
 def claim_output(args: GRPOConfig):
-    """Hold `args.output_dir` for this run; at its end, close W&B. UserError if the disk is full."""
-    lock = FileLock(Path(args.output_dir, ".lock"))
+    """Hold `args.output_dir` for this run, by a file beside it; at its end, close W&B."""
+    lock = FileLock(f"{Path(args.output_dir).resolve()}.lock")
     with as_user_error("--output_dir cannot be written, or another run is using it"):
         on_first_process(lambda: lock.acquire(timeout=0) and None)
     try:
         yield
-    except Exception as error:  # safetensors and torch have kinds of their own
-        if not DISK_FULL.search(str(error)):
-            raise
-        raise UserError(f"the disk is full: make room, then run it again ({error})") from error
     finally:
         with suppress(OSError):  # the disk may be full for W&B too
             close_run()
         lock.release()
         if args.process_index == 0:
-            Path(args.output_dir, ".lock").unlink(missing_ok=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 class StopAndResume(TrainerCallback):
@@ -194,7 +176,8 @@ class StopAndResume(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer, checkpoint: str | None):
         args, self.checkpoint = trainer.args, checkpoint
         self.signal, self.training, self.due = 0, False, False
-        self.limit, args.save_total_limit = args.save_total_limit, None  # see on_save
+        # Old checkpoints go when the new one is complete; two stay, as one may be damaged
+        self.keep, args.save_total_limit = args.save_total_limit, None
         # TRL keeps the completions that are used several times in memory only
         self.batches = args.steps_per_generation * args.num_iterations
         for number in STOPS:
@@ -234,15 +217,11 @@ class StopAndResume(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         wait_for_everyone()
         if state.is_world_process_zero:
-            out, step = Path(args.output_dir), state.global_step
-            folder = out / f"checkpoint-{step}"
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             files = (f for f in folder.rglob("*") if f.is_file() and f.stem != "sizes")
             sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
             write_json(folder / "sizes.json", sizes)
-            # It is complete now. One of a later step, which was passed over, does not replace it
-            older = [old for old in find_steps(out) if old <= step]
-            for old in older[self.limit or len(older) :]:
-                shutil.rmtree(out / f"checkpoint-{old}")
+            rotate_checkpoints(args.output_dir, self.keep and max(self.keep, 2))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False

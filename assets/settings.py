@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from argparse import ArgumentError, ArgumentParser, Namespace
+from collections.abc import Iterable
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -20,26 +21,49 @@ import rewards
 
 NOT_SUPPORTED = (  # they would end in other weights, choose by the test, or show a token
     "data_seed dataloader_persistent_workers hub_token ignore_data_skip load_best_model_at_end "
-    "push_to_hub resume_from_checkpoint save_only_model sync_ref_model trust_remote_code"
+    "push_to_hub resume_from_checkpoint save_only_model sync_ref_model trust_remote_code "
+    "use_transformers_continuous_batching"  # under autocast it casts the weights for good
 )
 NOT_ZERO = (
     "generation_batch_size gradient_accumulation_steps logging_steps lora_alpha max_steps top_p "
     "max_completion_length num_generations num_iterations num_train_epochs save_steps temperature "
     "per_device_eval_batch_size per_device_train_batch_size save_total_limit steps_per_generation"
 )
-UP_TO_1 = "adam_beta1 adam_beta2 lora_dropout min_p top_p vllm_gpu_memory_utilization"
 CHOICES = {
+    "eval_strategy": "no",  # TRL would sample, and log a mean of its batches' means
     "loss_type": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo",  # of TRL 1.16
     "scale_rewards": "group batch none",
     "importance_sampling_level": "token sequence",
     "save_strategy": "no steps epoch",  # the best would be that on the test questions
 }
 SAMPLING = "temperature top_p top_k min_p repetition_penalty"  # what --generation_kwargs may have
+ADVICE = {  # pattern of a library's error: what to do
+    "out of memory|can't allocate memory": """out of memory. In this order, try
+        --gradient_checkpointing True, --use_peft, a smaller --max_completion_length; or the file of
+        a smaller card, --config assets/cards/16gb.yaml; python -m assets.tools.memory estimates""",
+    "No space left|Disk quota|inline_container|iostream": """the disk is full: make room, then run
+        the same command again""",  # the last two are torch.save's
+}
 UNSET = {("max_steps", -1), ("local_rank", -1)}
 
 
 class UserError(Exception):
     """An error the user can fix: printed as one line, exit status 2."""
+
+
+@contextmanager
+def exit_on_error():
+    """End the script with status 2, and one line, for an error that the user can fix."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        advice = [text for known, text in ADVICE.items() if re.search(known, str(error))]
+        if os.environ.get("TRACEBACK") or not (advice or isinstance(error, UserError)):
+            raise
+        print_error(f"error: {' '.join([*advice, str(error)][0].split())}")
+        raise SystemExit(2) from None
 
 
 @contextmanager
@@ -84,11 +108,13 @@ def read_names(script: str) -> dict[str, str]:
     return {**ours, **found, **ours}  # the script's constants come first
 
 
-def unknown(what: str, name: object, names: dict[str, str]) -> UserError:
-    """Return the error for a name that is no setting, with the nearest one."""
-    near = get_close_matches(str(name).lstrip("-").lower(), [*names, "config"], n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists all"
-    return UserError(f"unknown {what} {name}; {hint}")
+def check_names(what: str, given: Iterable, names: dict[str, str]) -> None:
+    """Raise UserError for a name that is no setting; it says the nearest one."""
+    for name in given:
+        if name not in names:
+            near = get_close_matches(str(name).lower(), [*names, "config"], n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all"
+            raise UserError(f"unknown {what} {name}; {hint}")
 
 
 def collect(argv: list[str], script: dict[str, object]) -> tuple[dict[str, dict], list[str]]:
@@ -103,31 +129,18 @@ def collect(argv: list[str], script: dict[str, object]) -> tuple[dict[str, dict]
     with as_user_error("settings", ArgumentError):
         files, flags = parser.parse_known_args(argv)
     constants = {name.lower(): value for name, value in script.items() if name.isupper()}
-    for name in constants.keys() - names:
-        if get_close_matches(name, names, n=1, cutoff=0.8):  # else it is the user's own
-            raise unknown("constant", name.upper(), names)
+    near = (name for name in constants if get_close_matches(name, names, n=1, cutoff=0.8))
+    check_names("constant", near, names)  # what is not near is the user's own
     sources = {"grpo_demo.py": {n: value for n, value in constants.items() if n in names}}
-    for flag in (flag.partition("=")[0] for flag in flags if re.match(r"-[^\d.]", flag)):
-        if not flag.startswith("--") or flag[2:].replace("-", "_").removeprefix("no_") not in names:
-            raise unknown("flag", flag, names)
+    given = (flag.partition("=")[0] for flag in flags if re.match(r"-[^\d.]", flag))
+    given = (flag.replace("-", "_").removeprefix("__").removeprefix("no_") for flag in given)
+    check_names("flag", given, names)
     for file in files.config:
         with as_user_error(f"--config {file}", UserError, TypeError, yaml.YAMLError):
             text = Path(file).expanduser().absolute().read_text(encoding="utf-8")
             values = sources[f"--config {file}"] = {**yaml.safe_load(text)}
-            for key in values.keys() - names:
-                raise unknown("key", key, names)
+            check_names("key", values, names)
     return sources, flags
-
-
-def look_first(script: dict[str, object]) -> None:
-    """End the script for `--help` and for misspelt names, before the packages load (6 s)."""
-    try:
-        if missing := [name for name in ("torch", "trl", "peft", "wandb") if not find_spec(name)]:
-            raise UserError(f"no {', '.join(missing)}: pip install -r requirements.txt")
-        collect(sys.argv[1:], script)
-    except UserError as error:
-        print_error(f"error: {' '.join(str(error).split())}")
-        raise SystemExit(2) from None
 
 
 def read(argv: list[str], script: dict[str, object], config_classes: tuple) -> tuple:
@@ -149,8 +162,7 @@ def read(argv: list[str], script: dict[str, object], config_classes: tuple) -> t
     flags = [f" {flag}" if re.match(r"-[\d.]", flag) else flag for flag in flags]  # a number
     with as_user_error("settings", TypeError, ImportError, ArgumentError):
         configs = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    for config in configs:
-        check_values(config)
+    check_values(configs[1])  # the first one has checked itself
     return configs
 
 
@@ -160,11 +172,9 @@ def check_values(args: object) -> None:
         if value and name in NOT_SUPPORTED.split():
             hint = "the same command resumes a run, --seed orders its data, `hf upload` sends it"
             raise UserError(f"--{name} is not supported: {hint}")
-        above, most = name in NOT_ZERO.split(), 1 if name in UP_TO_1.split() else sys.float_info.max
         number = isinstance(value, int | float) and (name, value) not in UNSET
-        if number and (not 0 <= value <= most or (above and value == 0)):
-            limits = f"{'above' if above else 'at least'} 0{', at most 1' if most == 1 else ''}"
-            raise UserError(f"--{name} {value}: it must be {limits}")
+        if number and not (0 < value < math.inf or (value == 0 and name not in NOT_ZERO.split())):
+            raise UserError(f"--{name} {value}: it must be a positive number")
         if name in CHOICES and value not in CHOICES[name].split():
             raise UserError(f"--{name} {value}: it must be one of {CHOICES[name]}")
         if name in ("model_name_or_path", "dataset_name"):
@@ -186,25 +196,16 @@ def check_gpu(args: object) -> None:
 
 def check_tools(args: object) -> None:
     """Raise UserError for what would fail after the evaluation, or train something else."""
-    from torch import optim, zeros
-    from transformers import Trainer, get_scheduler
-
     if args.use_vllm and not find_spec("vllm"):
         raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
-    with as_user_error("--optim or --lr_scheduler_type", ImportError, RuntimeError, TypeError):
-        Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = optim.SGD([zeros(1)])
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
     if args.loss_type == "cispo" and (args.epsilon_high or args.epsilon) < 1:
         raise UserError("--loss_type cispo: below 1, --epsilon_high scales every gradient; use 5")
-    weights = args.reward_weights or [1.0] * len(rewards.REWARD_FUNCS)
+    n = len(rewards.REWARD_FUNCS)
+    weights = args.reward_weights or [1.0] * n
     with as_user_error(f"--reward_weights {weights}", TypeError):
         args.reward_weights = [float(weight) for weight in weights]
-        if (
-            len(weights) != len(rewards.REWARD_FUNCS)
-            or not 0 < math.hypot(*args.reward_weights) < math.inf
-        ):
-            raise ValueError(f"give {len(rewards.REWARD_FUNCS)} finite numbers, not all 0")
+        if len(weights) != n or not 0 < math.hypot(*args.reward_weights) < math.inf:
+            raise ValueError(f"give {n} finite numbers, not all 0")
     options = {"temperature": args.temperature, **(args.generation_kwargs or {})}
     with as_user_error(f"--generation_kwargs {options}", UserError, TypeError):
         if other := options.keys() - SAMPLING.split():
