@@ -241,15 +241,16 @@ def get_gsm8k_questions(
     after `####` are left out and named in a warning. ValueError if no row is left.
     """
     raw = read_split(dataset_name, dataset_config, split)
-    if missing := {"question", "answer"} - {*raw.column_names}:
-        raise ValueError(f"no column {', '.join(sorted(missing))} in {raw.column_names}"[:300])
     # In a column of texts and numbers (Json), datasets turns the text "007" into the number 7
     kinds = raw.features.items()
     left_out = [name for name, kind in kinds if name in RESERVED.split() or "Json(" in str(kind)]
     if left_out:
         print_error(f"warning: {split} columns left out (TRL's, or of mixed kinds): {left_out}")
+    raw = raw.remove_columns(left_out)
+    if missing := {"question", "answer"} - {*raw.column_names}:
+        raise ValueError(f"no column {', '.join(sorted(missing))} in {raw.column_names}"[:300])
     rows = []
-    for row in raw.remove_columns(left_out):
+    for row in raw:
         question, (_, mark, end) = row["question"], str(row["answer"]).rpartition("####")
         number = rewards.as_number(end) if mark else None  # none in 38,5: the gist reads 385
         if question and number is not None:
@@ -267,6 +268,7 @@ def get_gsm8k_questions(
 def load_questions(args: DemoConfig, split: str) -> Dataset:
     """Return the questions of training, or of the evaluation; UserError if there are too few."""
     where = f"dataset {args.dataset_name!r} (a hub id, or a folder; in {os.getcwd()})"
+    where += " (--evaluate False needs none)" if split == "test" else ""
     with as_user_error(f"cannot load split {split!r} of {where}", KeyError):
         one_shot = args.one_shot and split == "train"  # the evaluation makes its own prompts
         rows = get_gsm8k_questions(split, args.dataset_name, args.dataset_config, one_shot)

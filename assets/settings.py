@@ -162,7 +162,8 @@ def read(argv: list[str], script: dict[str, object], config_classes: tuple) -> t
     flags = [f" {flag}" if re.match(r"-[\d.]", flag) else flag for flag in flags]  # a number
     with as_user_error("settings", TypeError, ImportError, ArgumentError):
         configs = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    check_values(configs[1])  # the first one has checked itself
+    for config in configs[1:]:  # the first one has checked itself
+        check_values(config)
     return configs
 
 
