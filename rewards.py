@@ -184,8 +184,8 @@ def try_rewards(reward_funcs: list, row: dict | None = None) -> dict[str, list[f
         is_list = hasattr(got, "__len__") and not isinstance(got, dict) and len(got) == size
         if not is_list or not all(x is None or hasattr(x, "__float__") for x in got):
             raise ValueError(f"{name} returned {got!r:.99}, not {size} numbers for {size} texts")
-        if columns != given:
-            raise ValueError(f"{name} edits what it is given; the next reward gets that too")
+        if columns != given or name in found:
+            raise ValueError(f"{name} edits what it is given, or another reward has its name")
         found[name] = got
     return found
 

@@ -21,8 +21,7 @@ import rewards
 
 NOT_SUPPORTED = (  # they would end in other weights, choose by the test, or show a token
     "data_seed dataloader_persistent_workers hub_token ignore_data_skip load_best_model_at_end "
-    "push_to_hub resume_from_checkpoint save_only_model sync_ref_model trust_remote_code "
-    "use_transformers_continuous_batching"  # under autocast it casts the weights for good
+    "push_to_hub resume_from_checkpoint save_only_model sync_ref_model trust_remote_code"
 )
 NOT_ZERO = (
     "generation_batch_size gradient_accumulation_steps logging_steps lora_alpha max_steps top_p "
@@ -201,6 +200,8 @@ def check_tools(args: object) -> None:
         raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
     if args.loss_type == "cispo" and (args.epsilon_high or args.epsilon) < 1:
         raise UserError("--loss_type cispo: below 1, --epsilon_high scales every gradient; use 5")
+    if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
+        raise UserError("continuous batching would cast the weights: add --bf16 False --fp16 False")
     n = len(rewards.REWARD_FUNCS)
     weights = args.reward_weights or [1.0] * n
     with as_user_error(f"--reward_weights {weights}", TypeError):
