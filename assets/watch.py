@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean, mode
 from textwrap import fill
 
-import pandas as pd
 import torch
 import wandb
 from accelerate.utils import gather_object
@@ -152,16 +151,6 @@ def open_run(args: GRPOConfig, config: dict, run_id: str, mode: str) -> None:
         wandb.teardown()  # it still holds the run's id
         wandb.init(config=config, settings=settings, mode="offline")
     print_once(f"W&B     {Path(wandb.run.dir).parent if wandb.run.offline else wandb.run.url}")
-
-
-def log_evaluation(result: dict, answers: dict[str, list[dict]]) -> None:
-    """Add an evaluation to the summary of the open run: its figures, and 50 answers of each."""
-    if wandb.run:
-        figures = pd.json_normalize({"eval": result}, sep="/").iloc[0].items()
-        figures = {k.replace("/measurements", "").removesuffix("/value"): v for k, v in figures}
-        shown = [{"measurement": name} | row for name, rows in answers.items() for row in rows[:50]]
-        figures["eval/answers"] = wandb.Table(dataframe=pd.DataFrame(shown))
-        wandb.run.summary.update(figures)
 
 
 def close_run() -> None:
