@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo_demo
 from assets import evaluate
-from assets.evaluate import Evaluation, decide, generate, paired_interval, share_interval, summarize
+from assets.evaluate import Evaluation, decide, generate, mean_interval, paired_interval, summarize
 from assets.tools import pass_at_k
 from rewards import score
 
@@ -62,7 +62,6 @@ def test_the_verdict_on_planted_models(before, control, after, verdict, reasonin
     assert low < value < high and low < reasoning < high and (value == 0) == (reasoning == 0)
     gain = result["gain"]
     assert gain["strict_accuracy"]["value"] == pytest.approx(value + gain["format"])
-    assert result["best_untrained"] == pytest.approx(max(before[1], control[1]), abs=0.05)
 
 
 def test_intervals_and_pass_at_k():
@@ -76,7 +75,7 @@ def test_intervals_and_pass_at_k():
     assert 0.93 <= held / 2000 <= 0.97
     assert paired_interval("x", [{"x": False}], [{"x": True}])["high"] == 1
     for k, wanted in {0: (0.0, 0.2775), 5: (0.2366, 0.7634), 10: (0.7225, 1.0)}.items():
-        found = share_interval([{"x": i < k} for i in range(10)], "x")  # Wilson's: published
+        found = mean_interval([i < k for i in range(10)], share=True)  # Wilson's: published
         assert numbers(found) == pytest.approx([k / 10, *wanted], abs=1e-4) and found["n"] == 10
     right = [True, False, False, False, True, True, True, False]  # 1 and 3 of four
     rows = [{"strict_accuracy": r, "lenient_accuracy": True} for r in right]
@@ -186,7 +185,7 @@ def test_answers_are_kept_and_only_missing_ones_are_generated(tmp_path, samples)
         evaluation.make_prompt = make_prompt
         return evaluation.answer(trainer, "x", False, samples)
 
-    file = tmp_path / f"out/evaluation/x{'_sampled' if samples else ''}.parquet"
+    file = tmp_path / "out/evaluation/x.parquet"
     wanted = answer()
     file.unlink()
     stop = 8
@@ -220,18 +219,8 @@ def test_report_and_its_sentences(tmp_path, trained):
     before, control = (zero, one) if trained == "zero_shot" else (one, zero)
     assert decide(before=before, control=control, after=after).items() <= result.items()
 
-    def went(column: str, gain: str, start: str = f"before_{trained}") -> list[float]:
-        shares = [measured[name][column]["value"] for name in (start, f"after_{trained}")]
-        return [*shares, *numbers(result["gain"][gain])]
-
-    shot = measured["before_one_shot"]["strict_accuracy"]["value"]
-    formats = [*went("soft_format", "soft_format"), *went("strict_format", "strict_format")]
-    wanted = [
-        [*went("strict_accuracy", "strict_accuracy"), shot],
-        went("lenient_accuracy", "reasoning", "before_zero_shot"),  # the better one
-        [result["gain"]["format"], *formats],
-    ]
-    assert evaluate.explain(result, measured) == result["sentences"]
+    gain = result["gain"]
+    wanted = [numbers(gain[name]) for name in (*evaluate.GAINS, "reasoning")]
     for sentence, values in zip(result["sentences"], wanted, strict=True):
         found = [float(number) for number in re.findall(r"[-+]?\d+\.\d", sentence)]
         assert found == pytest.approx([100 * value for value in values], abs=0.051)
