@@ -4,9 +4,7 @@
     python grpo_demo.py --config assets/tiny/config.yaml    # laptop: no GPU, network or account
     python grpo_demo.py                                     # one CUDA GPU: Qwen2.5-1.5B on GSM8K
     python grpo_demo.py --config assets/cards/16gb.yaml     # for cards of 16, 24, 48 or 80 GB
-    python grpo_demo.py --use_peft --use_vllm     # the gist's LoRA adapter; vLLM, if installed
     python grpo_demo.py --eval_only --model_name_or_path DIR    # evaluate a saved model
-    accelerate launch --num_processes 2 grpo_demo.py --gradient_accumulation_steps 32  # two GPUs
 
 Each constant below, but the prompt's texts, is also a flag and a YAML key (`--config FILE`), in
 lower case; so is each field of TRL's GRPOConfig and ModelConfig.
@@ -130,8 +128,6 @@ if __name__ == "__main__":  # --help and misspelt flags, before the packages loa
 
     with settings.exit_on_error():
         settings.collect(sys.argv[1:], globals())
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
@@ -146,7 +142,7 @@ import rewards
 from assets import resume, settings, watch
 from assets.evaluate import Evaluation, write_card
 from assets.settings import UserError, as_user_error, exit_on_error, print_error, print_once
-from assets.trainer import GRPOTrainer, check_model, check_trainer
+from assets.trainer import GRPOTrainer, check_adapter, check_model
 
 RESERVED = """prompt prompts completion completions completion_ids image images environment
     environments messages chosen rejected trainer_state log_extra log_metric"""  # columns, by TRL
@@ -197,9 +193,8 @@ def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]
 
 def is_local(name: str) -> bool:
     """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
-    parent = os.path.dirname(name)
     here = os.path.join(os.path.dirname(__file__), name)  # the script may be started elsewhere
-    return any(map(os.path.exists, (name, here, parent))) or "/" in parent or ".json" in name
+    return any(map(os.path.exists, (name, here, os.path.dirname(name)))) or name.count("/") > 1
 
 
 def read_split(name: str, config: str | None, split: str) -> Dataset:
@@ -331,7 +326,8 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
             processing_class=tokenizer,
             peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
         )
-    check_trainer(trainer)
+    if isinstance(trainer.model, PeftModel):
+        check_adapter(trainer.model)
     return trainer
 
 
@@ -351,7 +347,6 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
 
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
-    wandb_mode = watch.find_mode(args)
     rows = load_questions(args, "train")
     with as_user_error("rewards.py"):
         rewards.try_rewards(rewards.REWARD_FUNCS, rows[0])  # on its examples
@@ -367,11 +362,11 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         trainer.add_callback(resume.StopAndResume(trainer, checkpoint))
         watch.print_banner(trainer)
         config = vars(model_args) | args.to_sanitized_dict() | record["settings"]
-        watch.open_run(args, config, record["wandb_id"], wandb_mode)
+        watch.open_run(args, config, record["wandb_id"])
         if args.evaluate:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
-        with suppress(resume.AtLastStep):  # it was stopped after its last step
+        with suppress(StopIteration):  # it was stopped after its last step
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if args.evaluate:

@@ -102,7 +102,6 @@ class Evaluation:
             *untrained, after = self.answers.values()
             before, control = untrained[:: -1 if "after_one_shot" in measured else 1]
             result |= decide(before=before, control=control, after=after)
-            result["sentences"] = explain(result["gain"])
         print_once(f"\n{show(result)}")
         if n := self.args.eval_generations:
             from assets.tools import pass_at_k
@@ -110,12 +109,10 @@ class Evaluation:
             result["pass"], lines, sentence = pass_at_k.report(self.sampled, n)
             print_once("\n".join([*lines, sentence]))
         on_first_process(lambda: write_json(self.out / "evaluation.json", result))
-        if wandb.run:  # the figures, and 50 answers of each measurement
+        if wandb.run:
             names = pd.json_normalize({"eval": result}, sep="/").iloc[0].items()
-            logged = {k.replace("/measurements", "").removesuffix("/value"): v for k, v in names}
-            rows = [{"measurement": x} | row for x, a in self.answers.items() for row in a[:50]]
-            logged["eval/answers"] = wandb.Table(dataframe=pd.DataFrame(rows))
-            wandb.run.summary.update(logged)
+            named = {k.replace("/measurements", "").removesuffix("/value"): v for k, v in names}
+            wandb.run.summary.update(named)
         return result
 
 
@@ -170,14 +167,6 @@ def decide(*, before: list[dict], control: list[dict], after: list[dict]) -> dic
     return {"verdict": " and ".join(learned) or "neither", "gain": gain}
 
 
-def explain(gain: dict) -> list[str]:
-    """Return a line for each gain that has an interval."""
-    form = "{name}: {value:+.1%} points [{low:+.1%}, {high:+.1%}]"
-    lines = [form.format(name=name, **gain[name]) for name in [*GAINS, "reasoning"]]
-    lines[-1] = lines[-1].replace(":", " (lenient, from the better untrained):")
-    return [line.replace("%", "").replace("_", " ") for line in lines]
-
-
 def show(result: dict) -> str:
     """Return a table of all figures with their intervals; after training, the verdict and gains."""
     share, columns = "{value:.1%} [{low:.0%}, {high:.0%}]", {}
@@ -187,7 +176,10 @@ def show(result: dict) -> str:
     frame = pd.DataFrame(columns).rename_axis(columns=f"{figures['tokens']['n']} questions")
     lines = [frame.to_string().replace("_", " ")]
     if "verdict" in result:
-        lines += ["", f"learned: {result['verdict']}", *result["sentences"]]
+        lines += ["", f"learned: {result['verdict']}"]
+        form = "gain in {name}: {value:+.1%} [{low:+.1%}, {high:+.1%}] points"
+        gains = (form.format(name=x, **result["gain"][x]) for x in [*GAINS, "reasoning"])
+        lines += [line.replace("%", "").replace("_", " ") for line in gains]
     return "\n".join(lines)
 
 

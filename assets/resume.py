@@ -34,12 +34,7 @@ FREE = """evaluate eval_only eval_samples eval_generations *eval_batch_size
     torch_empty_cache_steps vllm_gpu* vllm_enable_sleep_mode vllm_server_* model_name_or_path
     model_revision dataset_name dataset_config chat_template_kwargs max_prompt_length"""
 LEFT_OVER = re.compile(r"eval-|run\.part$")  # what the script leaves before a run begins
-STOPS = re.compile("SIG(TERM|INT|HUP|USR1|USR2|XCPU)")  # Windows has the first two
-STOPS = [number for number in signal.Signals if STOPS.fullmatch(number.name)]
-
-
-class AtLastStep(Exception):
-    """The checkpoint that was loaded is that of the last step: nothing is left to train."""
+STOPS = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU"  # Windows has the first two
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -175,28 +170,25 @@ class StopAndResume(TrainerCallback):
 
     def __init__(self, trainer: GRPOTrainer, checkpoint: str | None):
         args, self.checkpoint = trainer.args, checkpoint
-        self.signal, self.training, self.due = 0, False, False
+        self.signal, self.due, self.handlers = 0, False, {}
         # Old checkpoints go when the new one is complete; two stay, as one may be damaged
         self.keep, args.save_total_limit = args.save_total_limit, None
         # TRL keeps the completions that are used several times in memory only
         self.batches = args.steps_per_generation * args.num_iterations
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        """Note the signal; SIGTERM or Ctrl-C after it, or any outside of training, ends the run."""
-        again = self.signal and number in (signal.SIGTERM, signal.SIGINT)
-        if again or not self.training:
-            print_error("\nstopped; the same command resumes")
+        """Note the signal: the run ends after the step. SIGTERM or Ctrl-C after it end it now."""
+        if self.signal and number in (signal.SIGTERM, signal.SIGINT):
             raise SystemExit(128 + number)
         self.signal = self.signal or number  # SIGHUP and SIGXCPU come more than once
         print_error("\nfinishing the step, then saving; Ctrl-C again stops at once")
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if state.global_step >= state.max_steps:  # transformers would train one more step
-            raise AtLastStep
-        self.training = True
+            raise StopIteration
+        for number in [number for number in signal.Signals if number.name in STOPS]:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self.handlers[number] = signal.signal(number, self.on_signal)
         state.compute_steps(args, state.max_steps)  # as set now, not as in the checkpoint
         for _ in range(int(state.epoch or 0)):  # shuffle as often as the epochs before have done
             next(iter(train_dataloader.batch_sampler))
@@ -224,7 +216,8 @@ class StopAndResume(TrainerCallback):
             rotate_checkpoints(args.output_dir, self.keep and max(self.keep, 2))
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.signal:
             print_once(f"stopped at step {state.global_step}; the same command resumes")
             raise SystemExit(128 + self.signal)

@@ -187,14 +187,8 @@ def check_stops(model: PreTrainedModel, tokenizer: Tokenizer, start: str, rest: 
         print_error(f"warning: {ends}{cure}")
 
 
-def check_trainer(trainer: trl.GRPOTrainer) -> None:
-    """Warn of layers without adapter; UserError if the reference would be another model."""
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        return
-    start = str(model.peft_config["default"].init_lora_weights)
-    if args.beta and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
-        raise UserError(f"{start} changes the base weights, the KL's reference: use --beta 0")
+def check_adapter(model: PeftModel) -> None:
+    """Warn of linear layers without adapter."""
     linear = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
     bare = {n.split(".")[-1] for n in linear if "lora_" not in n and ".base_layer" not in n}
     if bare := sorted(bare - {"lm_head", "embed_out"}):

@@ -102,24 +102,17 @@ class Watch(TrainerCallback):
                     print_error(f"warning: step {step}: {text.format(odd=odd, **ends)}")
 
 
-def find_mode(args: GRPOConfig) -> str:
-    """Return W&B's mode: "disabled" (then out of `report_to`), or offline if there is no key."""
-    with as_user_error("W&B (WANDB_MODE, WANDB_PROJECT or key)", wandb.Error):
-        off = "wandb" not in args.report_to or getenv("WANDB_DISABLED") in ("1", "true", "True")
-        mode = "disabled" if off else getenv("WANDB_MODE")
-        wandb.Settings(mode=mode or "offline", project=getenv("WANDB_PROJECT", args.project))
-        if mode == "disabled":
-            args.report_to = [name for name in args.report_to if name != "wandb"]
-        return mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-
-
-def open_run(args: GRPOConfig, config: dict, run_id: str, mode: str) -> None:
-    """Open the W&B run on the first process; offline if the server cannot be reached."""
+def open_run(args: GRPOConfig, config: dict, run_id: str) -> None:
+    """Open the W&B run on the first process; offline without a key or a server."""
     close_run()  # of an earlier training in this Python process, which failed
-    if mode == "disabled" or args.process_index:
+    off = "wandb" not in args.report_to or getenv("WANDB_DISABLED") in ("1", "true", "True")
+    if off or args.process_index:
         return
+    online = wandb.login(prompt=False, verify=False)
+    mode = getenv("WANDB_MODE") or ("online" if online else "offline")
     settings = wandb.Settings(run_id=run_id, resume="allow", silent=True)
-    settings.project = getenv("WANDB_PROJECT", args.project)
+    with as_user_error("WANDB_PROJECT or --project"):
+        settings.project = getenv("WANDB_PROJECT", args.project)
     settings.run_name = getenv("WANDB_NAME", args.run_name)
     settings.root_dir = getenv("WANDB_DIR", args.output_dir)
     settings.host = getenv("WANDB_HOST", "")  # else the machine's name is sent
@@ -136,7 +129,7 @@ def open_run(args: GRPOConfig, config: dict, run_id: str, mode: str) -> None:
 
 def close_run() -> None:
     """Close the W&B run, if one is open; print how to look at it and how to upload it."""
-    if wandb.run:
+    if wandb.run and not wandb.run.disabled:
         folder = Path(wandb.run.dir).parent
         wandb.finish()
         run, runs = (shlex.quote(str(path)) for path in (folder, folder.parent))
