@@ -198,6 +198,8 @@ def check_tools(args: object) -> None:
     """Raise UserError for what would fail after the evaluation, or train something else."""
     if args.use_vllm and not find_spec("vllm"):
         raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
+    if args.loss_type == "cispo" and (args.epsilon_high or args.epsilon) < 1:
+        raise UserError("--loss_type cispo: below 1, --epsilon_high scales every gradient; use 5")
     if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
         raise UserError("continuous batching would cast the weights: add --bf16 False --fp16 False")
     n = len(rewards.REWARD_FUNCS)
