@@ -2,20 +2,16 @@
 
 import asyncio
 import contextlib
-import functools
 import io
 import json
 import math
-import random
 import re
-import subprocess
-import sys
 import time
 import timeit
 from fractions import Fraction
 
 import pytest
-from conftest import ROOT, gsm8k, needs_gsm8k, note
+from conftest import ROOT, gsm8k, needs_gsm8k
 from gist_rewards import REWARD_FUNCS as GIST
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,9 +79,14 @@ def test_the_five_rewards():
     assert {text: rewards.extract_hash_answer(text) for text in golds} == golds
 
 
-PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "18", "-3", "x"]
-PIECES += ["²", "\ud800", "\u2028", "\x1c"]
-TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=24).map("".join)
+# Parts of hostile texts
+TAGS = "<reasoning>|</reasoning>|<answer>|</answer>|⏎| |=|+|1|1,|.|/|$|-|x|\ud800|1+|1,000,|1 234 "
+NUMBERS = r"|1 1/|\frac{1|^{1|9{,}|1e|1'|\,| -|$-|½|m2|9 x |1 a + |1 and |(|\boxed{|\boxed{{"
+NUMBERS += "|####|#### 1|\u2028|\x1c|²|18|-3"
+MARKS = "|#### |answer |answer is |answer⏎|the answer is 1 = |</reasoning> <answer>|⏎</answer>⏎"
+UNITS = (TAGS + NUMBERS + MARKS).replace("⏎", "\n").split("|")
+PIECES = st.one_of(st.sampled_from(UNITS[:9]), st.sampled_from(UNITS), st.text(max_size=4))
+TEXTS = st.lists(PIECES, max_size=24).map("".join)
 PARTS = [*PERFECT.replace("\n", " \n ").split(" "), "\n", "18"]
 NEAR = st.lists(st.sampled_from(PARTS), max_size=14).map("".join)
 CUT = st.integers(0, 60).map(lambda i: PERFECT[:i] + PERFECT[i + 1 :])
@@ -97,6 +98,7 @@ def test_equal_to_the_gist(text, gold):
     found = all_five(text, gold)
     with contextlib.redirect_stdout(io.StringIO()):  # the gist prints a sample
         assert found == all_five(text, gold, GIST)
+    assert all(value in (True, False) for value in rewards.score(text, gold).values())
 
 
 # --- strict and lenient accuracy
@@ -183,14 +185,6 @@ def test_a_number_is_read_back_from_any_form(sign, written, before, around, unit
     assert is_lenient_correct(text, str(value)) and not is_lenient_correct(text, str(value + 1))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text(), st.text(), st.text())
-def test_lenient_wherever_strict(before, gold, after):
-    gold, after = gold.replace("<", "").strip(), after.replace("<", "")
-    for text in (f"{before}<answer>{gold}</answer>{after}", PERFECT.replace("18", gold) + after):
-        assert is_strict_correct(text, gold) and is_lenient_correct(text, gold)
-
-
 @needs_gsm8k
 def test_lenient_on_every_gold_solution():
     rows, right = gsm8k("train") + gsm8k("test"), 0
@@ -212,18 +206,6 @@ def texts_of(completions: list) -> list[str]:
     return [c[0]["content"] for c in completions]
 
 
-def test_the_command_prints_what_each_example_earns():
-    alone = [sys.executable, "-I", "-S", "rewards.py"]  # no project, no installed package
-    done = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, check=True)
-    head, *blocks = done.stdout.strip().split("\n\n")
-    assert head.split()[3:] == ["xmlcount", "soft", "strict", "int", "correct", "sum"]
-    for block, (name, text, comment) in zip(blocks, rewards.EXAMPLES, strict=True):
-        values, (cells, why, shown) = all_five(text), block.splitlines()
-        assert cells.startswith(f"{name:>17}") and comment in why and shown.strip() == repr(text)
-        assert cells[17:].split() == [f"{value:.3f}" for value in [*values, sum(values)]]
-        assert max(map(len, (cells, why, shown))) <= 80
-
-
 def too_short(completions, **kwargs):
     return [1.0 for text in texts_of(completions) if "<reasoning>" in text]
 
@@ -233,7 +215,7 @@ async def awaited_text(completions, **kwargs):
     return [1.0 if text.endswith("\n") else "a line\nand more" for text in texts_of(completions)]
 
 
-WRONG = [
+FAULTY = [
     (lambda completions, **kwargs: 1.0, ValueError),
     (lambda completions, **kwargs: "1" * len(completions), ValueError),
     (lambda completions, **kwargs: dict(enumerate(completions)), ValueError),
@@ -244,7 +226,7 @@ WRONG = [
 
 
 def test_a_reward_that_fails_or_returns_no_numbers_is_named():
-    for reward, kind in WRONG:
+    for reward, kind in FAULTY:
         with pytest.raises(kind) as raised:
             rewards.try_rewards([*REWARD_FUNCS, reward])
         message, cause = str(raised.value), raised.value.__cause__
@@ -252,40 +234,13 @@ def test_a_reward_that_fails_or_returns_no_numbers_is_named():
         assert (cause is None) == (kind is ValueError)  # else the user's own traceback
 
 
-class Judge:
-    def __call__(self, completions, **kwargs):
-        return tuple(range(len(completions)))
-
-
-async def awaited(completions, answer, **kwargs):
-    await asyncio.sleep(0)
-    return [float(gold in text) for text, gold in zip(texts_of(completions), answer, strict=True)]
-
-
-def compares(completions, prompts, question, trainer_state, log_extra, log_metric, **kwargs):
-    lengths = [len(text) / (1 + trainer_state.global_step) for text in texts_of(completions)]
-    log_extra("length", lengths)
-    log_metric("length", 1.0)
-    assert [prompt[-1]["content"] for prompt in prompts] == question
-    return [length == sorted(lengths)[1] for length in lengths]  # at least two completions
-
-
-def odd_numbers(completions, **kwargs):
-    return [None, math.nan, -math.inf, Fraction(1, 2), True, 3, 0.5][-len(completions) :]
-
-
-def test_rewards_that_trl_accepts(monkeypatch, capsys):
-    good = [rewards.lenient_accuracy, awaited, compares, functools.partial(odd_numbers), Judge()]
-    assert list(rewards.try_rewards(good))[-2:] == ["odd_numbers", "Judge"]
-    monkeypatch.setattr(rewards, "REWARD_FUNCS", good[-2:])  # two columns
+def test_a_reward_may_log_and_return_odd_numbers(monkeypatch, capsys):
+    odd = [None, math.nan, -math.inf, Fraction(1, 2), True, 3, 0.5]
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [rewards.lenient_accuracy, lambda **kwargs: odd])
     rewards.main()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[:17].strip()]
-    assert lines[0].split()[3:] == ["odd_numb", "Judge", "sum"]
-    assert lines[1].split()[1:] == ["0.000", "0.000", "0.000"]  # None counts as 0
-    assert lines[-3].split()[2:] == ["0.500", "6.000", "6.500"]
-
-
-# --- logging accuracy
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:17].strip()]
+    shown = " ".join(line[-2] for line in lines[1::3])
+    assert shown == "0.000 nan -inf 0.500 1.000 3.000 0.500"
 
 
 def test_accuracy_is_logged():
@@ -296,46 +251,26 @@ def test_accuracy_is_logged():
     right = rewards.lenient_accuracy(**given, question=list("abcd"), trainer_state=None)
     assert right == [1.0, 1.0, 1.0, 0.0] and all(isinstance(value, float) for value in right)
     assert metrics == {"accuracy/strict": 0.5, "accuracy/lenient": 0.75}
-    assert list(extra) == ["question", "text", "gold", "extracted"]
-    assert extra["question"] == list("abcd") and extra["gold"] == ["18"] * 4
-    assert extra["text"] == texts and extra["extracted"] == ["18", "so 18", "18", "so 19"]
+    wanted = {"question": list("abcd"), "text": texts, "gold": ["18"] * 4}
+    assert extra == wanted | {"extracted": ["18", "so 18", "18", "so 19"]}
 
 
 # --- hostile texts
 
-TAGS = "<reasoning>|</reasoning>|<answer>|</answer>|⏎| |=|+|1|1,|.|/|$|-|x|\ud800|1+|1,000,|1 234 "
-NUMBERS = r"|1 1/|\frac{1|^{1|9{,}|1e|1'|\,| -|$-|½|m2|9 x |1 a + |1 and |(|\boxed{|\boxed{{"
-NUMBERS += "|####|#### 1"
-MARKS = "|#### |answer |answer is |answer⏎|the answer is 1 = |</reasoning> <answer>|⏎</answer>⏎"
-UNITS = (TAGS + NUMBERS + MARKS).replace("⏎", "\n").split("|")
 STARTS = ["", "<reasoning>", "<reasoning>\n", "<reasoning>\na\n</reasoning>\n<answer>\n"]
 
 
-def everything(texts: list[str], golds: list[str]) -> None:
-    """Give texts to all rewards and scores; what they return must be of the right kind."""
-    for function in REWARD_FUNCS:
-        values = function(**batch(texts, golds))
-        assert all(isinstance(value, float) and abs(value) < 1e6 for value in values)
-    for text, gold in zip(texts, golds, strict=True):
-        assert all(value in (True, False) for value in rewards.score(text, gold).values())
-        rewards.extract_hash_answer(text)
-
-
-def test_hostile_texts_never_raise():
-    rng, some, rounds = random.Random(0), 500, 20
-    for _ in range(rounds):
-        texts = ["".join(rng.choices(UNITS, k=rng.randrange(60))) for _ in range(some)]
-        everything(texts, ["18"] * some)
-        codes = (rng.choices(range(0x3000), k=rng.randrange(40)) for _ in range(some))
-        everything(["".join(map(chr, code)) for code in codes], texts)
-    tried = f"{rounds * 2 * some:,}"
-    note("hostile completions given to all rewards and measures", tried, tried, "0 exceptions")
+def everything(text: str) -> None:
+    """Give a text to all rewards and scores."""
+    all_five(text)
+    rewards.score(text, "18")
+    rewards.extract_hash_answer(text)
 
 
 def seconds(text: str, rounds: int = 1) -> float:
     """Return the processor time that everything takes with the text, in the fastest round."""
     clock = {"timer": time.process_time, "number": 1, "repeat": rounds}
-    return min(timeit.repeat(lambda: everything([text], ["18"]), **clock))
+    return min(timeit.repeat(lambda: everything(text), **clock))
 
 
 def test_hostile_texts_take_linear_time():
