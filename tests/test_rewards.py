@@ -92,7 +92,7 @@ NEAR = st.lists(st.sampled_from(PARTS), max_size=14).map("".join)
 CUT = st.integers(0, 60).map(lambda i: PERFECT[:i] + PERFECT[i + 1 :])
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.one_of(TEXTS, NEAR, CUT), st.sampled_from(["18", "x", ""]))
 def test_equal_to_the_gist(text, gold):
     found = all_five(text, gold)
@@ -275,8 +275,8 @@ def seconds(text: str, rounds: int = 1) -> float:
 
 def test_hostile_texts_take_linear_time():
     """Twice the text takes twice the time; with a quadratic rule it would be four times."""
-    pairs = [(start, unit * (10_000 // len(unit))) for start in STARTS for unit in UNITS]
+    pairs = [(start, unit * (5_000 // len(unit))) for start in STARTS for unit in UNITS]
     for start, units in sorted(pairs, key=lambda pair: seconds("".join(pair)))[-5:]:
-        once, twice = (seconds(start + units * times, 5) for times in (2, 4))
+        once, twice = (seconds(start + units * times, 5) for times in (4, 8))
         print(f"{units[:40]!r}: {twice:.4f} s, {twice / once:.2f} x half of it")
         assert twice / once < 3
