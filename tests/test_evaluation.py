@@ -9,7 +9,7 @@ import statistics
 import pandas as pd
 import pytest
 import torch
-from conftest import LAPTOP, ROOT, command, run
+from conftest import LAPTOP, run
 from transformers import AutoModelForCausalLM
 
 import grpo_demo
@@ -40,28 +40,27 @@ def numbers(interval: dict) -> list[float]:
     return [interval[key] for key in ("value", "low", "high")]
 
 
-@pytest.mark.parametrize(
-    ("before", "control", "after", "verdict", "reasoning"),
-    [
-        ((0.05, 0.6), (0.7, 0.6), (0.98, 0.6), "format", 0),
-        ((0.9, 0.4), (0.9, 0.4), (0.9, 0.7), "reasoning", 0.3),
-        ((0.1, 0.4), (0.5, 0.4), (0.9, 0.7), "format and reasoning", 0.3),
-        ((0.5, 0.4), (0.5, 0.4), (0.5, 0.4), "neither", 0),
-        ((0.1, 0.3), (0.9, 0.6), (0.9, 0.6), "format", 0),  # the better prompt is the control
-        ((0.1, 0.6), (0.9, 0.3), (0.9, 0.6), "format", 0),  # it is that of training
-        ((0.1, 0.8), (0.9, 0.8), (0.99, 0.6), "format", -0.2),  # reasoning was lost
-        ((0.0, 0.6), (0.0, 0.6), (0.98, 0.6, SOFT), "format", 0),  # in soft format only
-    ],
-)
-def test_the_verdict_on_planted_models(before, control, after, verdict, reasoning):
-    rows = {"before": before, "control": control, "after": after}
-    rows = {name: planted(*model[:2], 1, *model[2:]) for name, model in rows.items()}
-    result = decide(**rows)
-    value, low, high = numbers(result["gain"]["reasoning"])
-    assert result["verdict"] == verdict
-    assert low < value < high and low < reasoning < high and (value == 0) == (reasoning == 0)
-    gain = result["gain"]
-    assert gain["strict_accuracy"]["value"] == pytest.approx(value + gain["format"])
+PLANTED = [  # before, control, after: shares in XML and right; the verdict; due to reasoning
+    ((0.05, 0.6), (0.7, 0.6), (0.98, 0.6), "format", 0),
+    ((0.9, 0.4), (0.9, 0.4), (0.9, 0.7), "reasoning", 0.3),
+    ((0.1, 0.4), (0.5, 0.4), (0.9, 0.7), "format and reasoning", 0.3),
+    ((0.5, 0.4), (0.5, 0.4), (0.5, 0.4), "neither", 0),
+    ((0.1, 0.3), (0.9, 0.6), (0.9, 0.6), "format", 0),  # the better prompt is the control
+    ((0.1, 0.6), (0.9, 0.3), (0.9, 0.6), "format", 0),  # it is that of training
+    ((0.1, 0.8), (0.9, 0.8), (0.99, 0.6), "format", -0.2),  # reasoning was lost
+    ((0.0, 0.6), (0.0, 0.6), (0.98, 0.6, SOFT), "format", 0),  # in soft format only
+]
+
+
+def test_the_verdict_on_planted_models():
+    for before, control, after, verdict, reasoning in PLANTED:
+        rows = {"before": before, "control": control, "after": after}
+        rows = {name: planted(*model[:2], 1, *model[2:]) for name, model in rows.items()}
+        result = decide(**rows)
+        gain, (value, low, high) = result["gain"], numbers(result["gain"]["reasoning"])
+        assert result["verdict"] == verdict
+        assert low < value < high and low < reasoning < high and (value == 0) == (reasoning == 0)
+        assert gain["strict_accuracy"]["value"] == pytest.approx(value + gain["format"])
 
 
 def test_intervals_and_pass_at_k():
@@ -135,23 +134,18 @@ def test_each_backend_generates_the_same(tmp_path):
 
 
 def test_how_a_completion_ends(tmp_path):
+    """What follows the stop token is padding; special tokens are left out of the text."""
     _, trainer = build(tmp_path)
-    tokenizer = trainer.processing_class
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
-    start, tag = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<answer>"])
-    text = tokenizer("3 + 4 = 7")["input_ids"]
-    for tokens, *wanted in [
-        ([*text, END], 1, False),
-        ([*text, END, END, start], 1, False),  # what follows is padding
-        (text, 0, True),
-        ([start, *text, tag], 2, True),
+    text = trainer.processing_class("3 + 4 = 7")["input_ids"]
+    for tokens, length, truncated in [
+        ([*text, END, END, 1], len(text) + 1, False),
+        ([1, *text, 1], len(text) + 2, True),
     ]:
         found = evaluate.read_tokens(trainer, tokens)
-        found["tokens"] -= len(text)
-        assert list(found.values()) == ["3 + 4 = 7", *wanted]
+        assert [*found.values()] == ["3 + 4 = 7", length, truncated]
 
 
-def test_evaluate_is_greedy_and_repeatable(tmp_path):
+def test_evaluate_asks_all_scores_all_and_leaves_random_numbers_alone(tmp_path):
     evaluation, trainer = build(tmp_path / "a", "--per_device_eval_batch_size", 8)
     state = torch.get_rng_state()
     first = evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
@@ -163,9 +157,6 @@ def test_evaluate_is_greedy_and_repeatable(tmp_path):
         assert row["truncated"] is False and row["tokens"] == len(ids) + 1  # and the end of turn
     one_shot = evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
     assert sum(r["strict_format"] for r in one_shot) > sum(r["strict_format"] for r in first)
-    again, trainer = build(tmp_path / "b", "--per_device_eval_batch_size", 5)
-    again = again.evaluate(trainer, "b", one_shot=False)
-    assert [row["completion"] for row in again] == [row["completion"] for row in first]
 
 
 @pytest.mark.parametrize("samples", [0, 2], ids=["greedy", "sampled"])
@@ -202,20 +193,17 @@ def test_answers_are_kept_and_only_missing_ones_are_generated(tmp_path, samples)
     assert answer()[: 5 * n] == wanted[: 5 * n] and len(asked) == 7 * n
 
 
-@pytest.mark.parametrize("trained", ["zero_shot", "one_shot", None])
+@pytest.mark.parametrize("trained", ["zero_shot", "one_shot"])
 def test_report_and_its_sentences(tmp_path, trained):
     zero, one, after = planted(0.1, 0.7, 1), planted(0.7, 0.6, 2), planted(0.98, 0.65, 3)
     args, _ = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path)])
     evaluation = Evaluation(args, "assets/tiny", None, None)
     evaluation.answers = {"before_zero_shot": zero, "before_one_shot": one}
-    evaluation.answers |= {f"after_{trained}": after} if trained else {}
+    evaluation.answers[f"after_{trained}"] = after
     result = evaluation.report()
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     measured = result["measurements"]
     assert measured == {name: summarize(rows) for name, rows in evaluation.answers.items()}
-    if not trained:
-        assert list(result) == ["settings", "measurements"]
-        return
     before, control = (zero, one) if trained == "zero_shot" else (one, zero)
     assert decide(before=before, control=control, after=after).items() <= result.items()
 
@@ -226,30 +214,30 @@ def test_report_and_its_sentences(tmp_path, trained):
         assert found == pytest.approx([100 * value for value in values], abs=0.051)
 
 
-def test_every_file_is_written_and_read_as_utf_8(tmp_path):
-    """In a locale that knows ASCII only; with this warning Python tells of each other file."""
-    env = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    flags = ["--report_to", "none", "--run_name", "größe-模型", "--output_dir", tmp_path]
-    flags += ["--max_steps", 1, "--eval_samples", 4, "--eval_generations", 2]
-    done = command(*LAPTOP, *flags, env=env | {"PYTHONWARNDEFAULTENCODING": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not re.findall(rf"^{ROOT}/(?!\.venv/).* EncodingWarning.*", done.stderr, re.M)
-    assert "größe-模型" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "pass" in json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+ALONE = """--report_to none --save_strategy no --beta 0 --max_steps 2 --num_generations 4
+    --per_device_train_batch_size 16 --max_completion_length 32 --eval_samples 36"""
+WAYS = {
+    "plain": "--use_peft --evaluate False",
+    "curve": "--use_peft --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 64",
+    "bf16": "--bf16 True --learning_rate 0",
+}
 
 
-def test_evaluation_while_training_leaves_training_alone(tmp_path, monkeypatch):
-    """20 questions, of which 16 fill a batch of 64; every completion of training is kept."""
-    flags = [*LAPTOP, "--report_to", "none", "--max_steps", 2, "--eval_samples", 20, "--beta", 0]
-    flags += ["--use_peft", "--per_device_eval_batch_size", 64]
-    curve = ("--eval_strategy", "steps", "--eval_steps", 1, "--num_generations_eval", 4)
-    for name, more in (("plain", ()), ("curve", curve)):
-        done = run(*flags, *more, "--output_dir", tmp_path / name)
+def test_an_evaluation_leaves_training_alone_and_has_its_precision(tmp_path, monkeypatch):
+    """Before and while training. At learning rate 0, after is before, in bf16 over float32 too."""
+    for name, more in WAYS.items():
+        done = run(*LAPTOP, *ALONE.split(), *more.split(), "--output_dir", tmp_path / name)
         assert done.returncode == 0, done.stderr[-2000:]
     for step in ("00001", "00002"):
         file = f"completions/completions_{step}.parquet"
         plain, curve = (pd.read_parquet(tmp_path / name / file) for name in ("plain", "curve"))
-        assert len(plain) == 64 and plain.equals(curve)
-    assert "16 of 20" in done.stderr
+        assert len(plain) == 16 and plain.equals(curve)
+    assert not (tmp_path / "plain/evaluation.json").exists()
+    files = [f"bf16/evaluation/{when}_zero_shot.parquet" for when in ("before", "after")]
+    before, after, float32 = (
+        pd.read_parquet(tmp_path / file)["completion"]
+        for file in (*files, files[0].replace("bf16", "curve"))
+    )
+    assert before.equals(after) and not before.equals(float32)  # the precision shows
     monkeypatch.chdir(tmp_path)  # the adapter finds its base from anywhere
     assert AutoModelForCausalLM.from_pretrained("curve").num_parameters()

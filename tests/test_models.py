@@ -10,13 +10,11 @@ import pytest
 import torch
 import trl
 from conftest import LAPTOP, run
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo_demo
 from assets.evaluate import generate
 from assets.settings import UserError
-from assets.trainer import fit_template
 
 torch.set_num_threads(1)  # the model is small: more threads wait longer than they compute
 END, TEXT_END, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"  # ids 2, 0 and 1
@@ -79,14 +77,18 @@ def warnings(capsys) -> list[str]:
 
 ENDS = {  # the same stop token, said in different ways: tokenizer, generation config
     "pad differs": ({"eos_token": END, "pad_token": TEXT_END}, END),
-    "pad is start": ({"eos_token": END, "pad_token": START}, END),
     "no pad": ({"eos_token": END, "pad_token": None}, END),
     "no file": ({"eos_token": END}, ()),
-    "a list": ({"eos_token": END}, [END, TEXT_END]),
     "Qwen's GGUF": ({"eos_token": TEXT_END, "pad_token": TEXT_END}, [END, TEXT_END]),
     "no eos": ({"eos_token": None, "pad_token": None}, END),
+    "other settings": ({"eos_token": END}, END),
     "template only": ({"eos_token": None, "pad_token": None}, ()),
 }
+
+
+LEAKS = {"min_p": 0.99, "suppress_tokens": [5], "no_repeat_ngram_size": 2, "typical_p": 0.5}
+LEAKS |= {"num_beams": 2, "min_new_tokens": 9, "num_return_sequences": 2, "top_k": 3}
+LEAKS |= {"temperature": 0.3, "top_p": 0.5, "repetition_penalty": 1.3, "max_length": 300}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,10 @@ def outcome(folder: Path) -> dict:
 @pytest.mark.parametrize("case", ENDS)
 def test_a_run_does_not_depend_on_how_the_end_is_declared(tmp_path, plain, case):
     tokens, stops = ENDS[case]
-    got = outcome(make_model(tmp_path, stops=stops, **tokens))
+    file = make_model(tmp_path, stops=stops, **tokens) / "generation_config.json"
+    if case == "other settings":  # neither samples nor greedy answers obey them
+        file.write_text(json.dumps(json.loads(file.read_text()) | LEAKS))
+    got = outcome(tmp_path)
     assert len(plain["completions"]) == 32 and len(plain["logs"]) == 2
     assert 5 < plain["logs"][0][2] < 64 and not all(row["truncated"] for row in got["answers"])
     for name in ("answers", "completions", "logs"):
@@ -121,23 +126,11 @@ def test_a_run_does_not_depend_on_how_the_end_is_declared(tmp_path, plain, case)
     assert all(torch.equal(p, plain["weights"][name]) for name, p in got["weights"].items())
 
 
-def test_a_generation_config_changes_neither_samples_nor_greedy_answers(tmp_path, plain):
-    folder = make_model(tmp_path, eos_token=END, stops=END)
-    file = folder / "generation_config.json"
-    leaks = {"min_p": 0.99, "suppress_tokens": [5], "no_repeat_ngram_size": 2, "typical_p": 0.5}
-    leaks |= {"num_beams": 2, "min_new_tokens": 9, "num_return_sequences": 2, "top_k": 3}
-    known = {"temperature": 0.3, "top_p": 0.5, "repetition_penalty": 1.3, "max_length": 300}
-    file.write_text(json.dumps(json.loads(file.read_text()) | leaks | known))
-    got = outcome(folder)
-    for name in ("answers", "completions", "logs"):
-        assert got[name] == plain[name], name
-
-
 OFF = "enable_thinking"
 FAMILIES = {  # template, flags, eos, stop tokens of the file, parts of the expected lines
     "Qwen2.5": ("qwen2_5", (), END, [END, TEXT_END], []),
     "Qwen3": ("qwen3", (), END, [END, TEXT_END], [("<think>", OFF)]),
-    "Qwen3 off": ("qwen3", (f'{{"{OFF}": false}}',), END, [END, TEXT_END], []),
+    "Qwen3 off": ("qwen3", (f'--chat_template_kwargs={{"{OFF}": false}}',), END, [END], []),
     "Qwen3.5": ("qwen3_5_think", (), END, [END], [("trims",), ("<think>", OFF)]),
     "Llama 3.2": ("llama3_2", (), "<|eot_id|>", ["<|eot_id|>"], [("trims",)]),
     "Llama base": ("llama3_2", (), TEXT_END, [TEXT_END],
@@ -148,16 +141,16 @@ FAMILIES = {  # template, flags, eos, stop tokens of the file, parts of the expe
     "R1": ("deepseek_r1_distill", (), TEXT_END, TEXT_END, [("end▁of▁sentence",), ("<think>",)]),
     "no token": (CHATML.replace("im_", "IM_"), (), END, END, [("<|IM_end|>", END)]),
     "Qwen base": (CHATML, (), TEXT_END, TEXT_END, [(END, TEXT_END, "[2, 0]")]),
+    "long prompts": (CHATML, ("--max_prompt_length=9",), END, END, [("16 of 16 prompts",)]),
     "eos starts a turn": (CHATML, (), START, END, [(START, END)]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_one_line_for_each_thing_that_does_not_fit(tmp_path, capsys, case):
-    template, extra, eos, stops, expected = FAMILIES[case]
+    template, flags, eos, stops, expected = FAMILIES[case]
     folder = make_model(tmp_path, template, stops, eos_token=eos, bos_token=None)
-    flags = [f"--chat_template_kwargs={text}" for text in extra]
-    trainer = prepare(folder, "--one_shot", "True", *flags)
+    trainer = prepare(folder, "--one_shot", "True", "--beta", "0", *flags)
     lines = warnings(capsys)
     assert len(lines) == len(expected), lines
     for line, parts in zip(lines, expected, strict=True):
@@ -169,51 +162,9 @@ def test_one_line_for_each_thing_that_does_not_fit(tmp_path, capsys, case):
     assert trainer.train_dataset["prompt"][0][2]["content"] in text  # with its last newline
 
 
-def test_every_chat_template_of_trl_shows_the_example_whole():
-    """All but those of vision models, which take lists of parts; Llama 3 writes its own bos."""
-    prompt = grpo_demo.make_prompt("How many?", one_shot=True)
-    trimmed = 0
-    for file in sorted(REAL.glob("*.jinja")):
-        if file.stem.endswith("_training") or file.stem in ("idefics3", "smolvlm", "llava_next"):
-            continue
-        tokenizer = AutoTokenizer.from_pretrained("assets/tiny", bos_token=TEXT_END)
-        tokenizer.chat_template = file.read_text()
-
-        def show(tokenizer=tokenizer) -> str:
-            return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-
-        trimmed += file.stem != "gemma" and prompt[2]["content"] not in show()
-        fit_template(tokenizer, prompt, show)
-        assert all(m["content"].strip() in show() for m in prompt), file.stem
-        assert prompt[2]["content"] in show(), file.stem
-    assert trimmed > 15
-
-
-def letters(folder: Path) -> None:
-    """Give the model a tokenizer of single letters, as some conversions from GGUF do."""
-    known = {chr(code): code - 29 for code in range(32, 127)} | {"\n": 98}
-    special = {TEXT_END: 0, START: 1, END: 2}
-    plain = Tokenizer(models.WordLevel({**special, **known}, unk_token=TEXT_END))
-    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END)
-    tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-
-
-def another_class(folder: Path) -> None:
-    """Name another kind's class in tokenizer_config.json, as copies of R1 distills do."""
-    changes = {"tokenizer_config": ("tokenizer_class", "LlamaTokenizerFast")}
-    for name, change in (changes | {"config": ("model_type", "llama")}).items():
-        file = folder / f"{name}.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | dict([change])))
-
-
 BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 BROKEN = {  # what is done to the model's folder, what the error or warning names
     "tags are special": (lambda f: make_model(f, more=TAGS, eos_token=END), TAGS),
-    "another tokenizer's class": (another_class, ["tokenizer_class"]),
-    "single letters": (letters, ["tokenizer"]),
     "no template": (lambda f: make_model(f, None, END), ["chat_template.jinja"]),
     "a template that refuses": (lambda f: make_model(f, "{{ raise_exception('no') }}"), ["no"]),
     "no stop token": (lambda f: make_model(f, BARE, eos_token=None, pad_token=None), ["eos_token"]),
@@ -232,16 +183,6 @@ def test_what_the_rewards_could_not_see_is_refused(tmp_path, capsys, case):
     assert said and all(name in said for name in named), said
 
 
-def test_a_prompt_begins_with_one_bos(tmp_path):
-    """The template writes it, and the tokenizer would add one too."""
-    bos = "<|begin_of_text|>"
-    folder = make_model(tmp_path, "llama3_2", "<|eot_id|>", eos_token="<|eot_id|>", bos_token=bos)
-    trainer = prepare(folder)
-    trainer.processing_class.add_bos_token = True
-    ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset["prompt"][0]])
-    assert ids[0].count(trainer.processing_class.bos_token_id) == 1
-
-
 def other_architecture(folder: Path, kind: str, **sizes: int) -> Path:
     """Return a random model of another architecture, with the laptop's tokenizer."""
     shutil.copytree("assets/tiny", folder, dirs_exist_ok=True)
@@ -254,12 +195,9 @@ def other_architecture(folder: Path, kind: str, **sizes: int) -> Path:
     return folder
 
 
-PHI_3 = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-PHI_3 |= {"num_attention_heads": 2, "num_key_value_heads": 2}
-
-
 def test_lora_names_the_layers_that_it_leaves_out(tmp_path, capsys):
-    folder = other_architecture(tmp_path, "phi3", **PHI_3)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    folder = other_architecture(tmp_path, "phi3", num_attention_heads=2, **sizes)
     prepare(folder, "--use_peft")
     (line,) = warnings(capsys)
     assert "qkv_proj" in line and "gate_up_proj" in line and "lm_head" not in line
@@ -282,35 +220,37 @@ def test_a_model_with_absolute_positions_is_scored_where_it_samples(tmp_path):
 
 
 def test_an_adapter_that_moves_the_reference_is_refused(tmp_path):
-    lora = ("--use_peft", "--lora_dropout", "0", "--max_steps", "1", "--evaluate", "False")
-    done = run(*LAPTOP, *lora, "--report_to", "none", "--output_dir", tmp_path / "lora")
-    assert done.returncode == 0, done.stderr[-2000:]
-    file = tmp_path / "lora" / "adapter_config.json"
+    folder, file = tmp_path / "lora/out", tmp_path / "lora/out/adapter_config.json"
+    prepare(make_model(tmp_path / "lora", eos_token=END, stops=END), "--use_peft").save_model()
     config = json.loads(file.read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute()
     file.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
     with pytest.raises(UserError, match="beta"):
-        prepare(tmp_path / "lora")
+        prepare(folder)
     file.write_text(json.dumps(config | {"base_model_name_or_path": "models/nowhere"}))
     with pytest.raises(UserError, match="nowhere"):
-        prepare(tmp_path / "lora")
+        prepare(folder)
 
 
 def test_a_model_without_a_system_role_trains_and_its_copy_takes_one(tmp_path):
     """The messages are the same for training, evaluation and whoever loads the trained model."""
-    folder = make_model(tmp_path / "gemma", "gemma", "<end_of_turn>", eos_token=TEXT_END)
-    step = ("--max_steps", 1, "--per_device_train_batch_size", 16, "--eval_samples", 4)
-    out = ("--output_dir", tmp_path / "out", "--report_to", "none")
-    done = run(*LAPTOP, "--model_name_or_path", folder, *step, *out)
-    assert done.returncode == 0 and done.stderr.count("system role") == 1, done.stderr
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    folder, out = tmp_path / "gemma", tmp_path / "out"
+    make_model(folder, "gemma", "<end_of_turn>", eos_token=TEXT_END)
+    flags = (*LAPTOP, "--max_steps", 1, "--per_device_train_batch_size", 16, "--report_to", "none")
+    flags = (*flags, "--eval_samples", 16, "--output_dir", out, "--model_name_or_path")
+    done, again = run(*flags, folder), run(*flags, out, "--eval_only")
+    assert done.returncode == again.returncode == 0, done.stderr + again.stderr
+    assert done.stderr.count("system role") == 1 and "system role" not in again.stderr
+    tokenizer = AutoTokenizer.from_pretrained(out)
     messages = grpo_demo.make_prompt("How many?", one_shot=True)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     parts = ["Respond in the following format", messages[2]["content"] + "<end_of_turn>"]
     assert all(text.count(part) == 1 for part in parts)
     assert text.endswith("How many?<end_of_turn>\n<start_of_turn>model\n")
-    again = run(*LAPTOP, "--eval_only", "--model_name_or_path", tmp_path / "out", *step, *out)
-    assert again.returncode == 0 and "system role" not in again.stderr, again.stderr
+    (file,) = out.glob("eval-*/evaluation.json")
+    again, trained = (json.loads(f.read_text())["measurements"] for f in (file, out / file.name))
+    assert [*again] == ["zero_shot", "one_shot"]
+    assert again["zero_shot"] == trained["after_zero_shot"]
 
 
 def test_the_saved_model_keeps_every_stop_token(tmp_path):

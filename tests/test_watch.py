@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LAPTOP, ROOT, command, run, series, wandb_rows
+from conftest import LAPTOP, ROOT, run, series, wandb_rows
 from safetensors.torch import load_file
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -86,12 +86,12 @@ def constant(value: float):
     return reward
 
 
-@pytest.mark.parametrize("weights", [[], ["--reward_weights", *[0.3] * 6]])
-def test_equal_rewards_leave_the_weights_untouched_and_are_warned_of(train, tmp_path, weights):
+def test_equal_rewards_leave_the_weights_untouched_and_are_warned_of(train, tmp_path):
     constants = [constant(value) for value in (0.7, 0.1, 1.476, float("nan"))]
     exact = ("--beta", 0, "--weight_decay", 0, "--learning_rate", 0.1, "--warmup_steps", 0)
     exact += ("--per_device_train_batch_size", 12, "--num_generations", 12)  # rounds in float32
-    shown = train([*constants, *FORMATS], "--max_steps", 21, *exact, *weights, out="it's a run")
+    exact += ("--reward_weights", *[0.3] * 6)
+    shown = train([*constants, *FORMATS], "--max_steps", 21, *exact, out="it's a run")
     out = tmp_path / "it's a run"
     before, after = (load_file(p / "model.safetensors") for p in (ROOT / "assets/tiny", out))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -137,21 +137,9 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing_more(tmp_path):
     assert all(value.isfinite().all() for value in kept)
 
 
-@pytest.mark.parametrize("off", [{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}])
-def test_wandb_is_off_when_the_environment_says_so(tmp_path, off):
+def test_wandb_is_off_when_the_environment_says_so(tmp_path):
     key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = run(*SMALL, "--max_steps", 1, "--output_dir", tmp_path / "run", env=key | off)
-    assert done.returncode == 0 and not list(tmp_path.rglob("*.wandb")), done.stderr[-2000:]
-
-
-def test_name_and_folder_of_the_environment_and_a_terminal_that_lacks_a_character(tmp_path):
-    (tmp_path / "there").mkdir()
-    rows = [json.dumps({"question": f"{i} \u2014 \u20ac?", "answer": "#### 1"}) for i in range(8)]
-    (tmp_path / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    env = {"WANDB_NAME": "mine", "WANDB_DIR": str(tmp_path / "there"), "LC_ALL": "C"}
-    env |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    flags = ("--max_steps", 1, "--dataset_name", tmp_path, "--output_dir", tmp_path / "run")
-    done = command(*SMALL, *flags, env=env)
-    assert done.returncode == 0 and "1/1" in done.stdout and " ? ??" in done.stdout
-    (file,) = tmp_path.rglob("*.wandb")
-    assert file.is_relative_to(tmp_path / "there") and b"mine" in file.read_bytes()
+    for number, off in enumerate([{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}]):
+        flags = ("--max_steps", 1, "--beta", 0, "--output_dir", tmp_path / f"{number}")
+        done = run(*SMALL, *flags, env=key | off)
+        assert done.returncode == 0 and not list(tmp_path.rglob("*.wandb")), done.stderr[-2000:]
