@@ -194,7 +194,7 @@ def test_answers_are_kept_and_only_missing_ones_are_generated(tmp_path, samples)
 
 
 @pytest.mark.parametrize("trained", ["zero_shot", "one_shot"])
-def test_report_and_its_sentences(tmp_path, trained):
+def test_report_and_what_it_shows(tmp_path, trained):
     zero, one, after = planted(0.1, 0.7, 1), planted(0.7, 0.6, 2), planted(0.98, 0.65, 3)
     args, _ = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path)])
     evaluation = Evaluation(args, "assets/tiny", None, None)
@@ -209,8 +209,8 @@ def test_report_and_its_sentences(tmp_path, trained):
 
     gain = result["gain"]
     wanted = [numbers(gain[name]) for name in (*evaluate.GAINS, "reasoning")]
-    for sentence, values in zip(result["sentences"], wanted, strict=True):
-        found = [float(number) for number in re.findall(r"[-+]?\d+\.\d", sentence)]
+    for line, values in zip(evaluate.show(result).splitlines()[-4:], wanted, strict=True):
+        found = [float(number) for number in re.findall(r"[-+]?\d+\.\d", line)]
         assert found == pytest.approx([100 * value for value in values], abs=0.051)
 
 
@@ -218,26 +218,26 @@ ALONE = """--report_to none --save_strategy no --beta 0 --max_steps 2 --num_gene
     --per_device_train_batch_size 16 --max_completion_length 32 --eval_samples 36"""
 WAYS = {
     "plain": "--use_peft --evaluate False",
-    "curve": "--use_peft --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 64",
+    "evaluated": "--use_peft --per_device_eval_batch_size 64",
     "bf16": "--bf16 True --learning_rate 0",
 }
 
 
 def test_an_evaluation_leaves_training_alone_and_has_its_precision(tmp_path, monkeypatch):
-    """Before and while training. At learning rate 0, after is before, in bf16 over float32 too."""
+    """At learning rate 0, after is before, in bf16 over float32 too."""
     for name, more in WAYS.items():
         done = run(*LAPTOP, *ALONE.split(), *more.split(), "--output_dir", tmp_path / name)
         assert done.returncode == 0, done.stderr[-2000:]
     for step in ("00001", "00002"):
         file = f"completions/completions_{step}.parquet"
-        plain, curve = (pd.read_parquet(tmp_path / name / file) for name in ("plain", "curve"))
-        assert len(plain) == 16 and plain.equals(curve)
+        plain, other = (pd.read_parquet(tmp_path / name / file) for name in [*WAYS][:2])
+        assert len(plain) == 16 and plain.equals(other)
     assert not (tmp_path / "plain/evaluation.json").exists()
     files = [f"bf16/evaluation/{when}_zero_shot.parquet" for when in ("before", "after")]
     before, after, float32 = (
         pd.read_parquet(tmp_path / file)["completion"]
-        for file in (*files, files[0].replace("bf16", "curve"))
+        for file in (*files, files[0].replace("bf16", "evaluated"))
     )
     assert before.equals(after) and not before.equals(float32)  # the precision shows
     monkeypatch.chdir(tmp_path)  # the adapter finds its base from anywhere
-    assert AutoModelForCausalLM.from_pretrained("curve").num_parameters()
+    assert AutoModelForCausalLM.from_pretrained("evaluated").num_parameters()

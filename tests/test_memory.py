@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, Qwen2Config
 
 from assets.tools import memory
-from grpo_demo import main, parse_args
+from grpo_demo import parse_args
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 32768}
@@ -81,11 +81,11 @@ def test_a_cache_with_a_window_or_a_fixed_state_takes_less(family):
 
 def test_what_cannot_be_estimated_is_one_line(capsys, tmp_path):
     CONFIG_MAPPING["gpt_neox"](**SHAPE | SMALL).save_pretrained(tmp_path / "neox")
-    flags = [*FLAGS.split(), "--estimate_memory", "--model_name_or_path"]
-    main([*flags, str(tmp_path / "neox")])  # it has none of the layers that LoRA names
+    flags = [*FLAGS.split(), "--model_name_or_path"]
+    memory.main([*flags, str(tmp_path / "neox")])  # it has none of the layers that LoRA names
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines if line[:1] == ["LoRA"]] == ["not"]
     assert [line[3:] for line in lines if line[:1] == ["full,"]] == [["8"] * 4] * 2
     with pytest.raises(SystemExit) as end:
-        main([*flags, str(tmp_path)])
+        memory.main([*flags, str(tmp_path)])
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,6 +1,5 @@
 """Other models: templates, tokenizers, stop tokens, layers, positions; on the laptop's weights."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import trl
-from conftest import LAPTOP, run
+from conftest import LAPTOP
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo_demo
@@ -206,51 +205,26 @@ def test_lora_names_the_layers_that_it_leaves_out(tmp_path, capsys):
     assert warnings(capsys) == []
 
 
-def test_a_model_with_absolute_positions_is_scored_where_it_samples(tmp_path):
-    """Log-probabilities of a left-padded row are those of the row without padding."""
+def test_a_model_with_absolute_positions_is_refused(tmp_path):
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
-    trainer = prepare(other_architecture(tmp_path, "gpt2", **sizes))
-    trainer.model.eval()
-    batch, mask = torch.randint(5, 300, (2, 27)), torch.ones(2, 27, dtype=torch.long)
-    batch[0, :7] = mask[0, :7] = 0
-    score = functools.partial(trainer._get_per_token_logps_and_entropies, trainer.model)
-    with torch.no_grad():
-        (alone, *_), (both, *_) = score(batch[:1, 7:], mask[:1, 7:], 8), score(batch, mask, 8)
-    assert torch.allclose(both[0], alone[0], atol=1e-5)
+    with pytest.raises(UserError, match="gpt2"):
+        prepare(other_architecture(tmp_path, "gpt2", **sizes))
 
 
-def test_an_adapter_that_moves_the_reference_is_refused(tmp_path):
+def test_an_adapter_without_its_base_is_refused(tmp_path):
     folder, file = tmp_path / "lora/out", tmp_path / "lora/out/adapter_config.json"
     prepare(make_model(tmp_path / "lora", eos_token=END, stops=END), "--use_peft").save_model()
     config = json.loads(file.read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute()
-    file.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
-    with pytest.raises(UserError, match="beta"):
-        prepare(folder)
     file.write_text(json.dumps(config | {"base_model_name_or_path": "models/nowhere"}))
     with pytest.raises(UserError, match="nowhere"):
         prepare(folder)
 
 
-def test_a_model_without_a_system_role_trains_and_its_copy_takes_one(tmp_path):
-    """The messages are the same for training, evaluation and whoever loads the trained model."""
-    folder, out = tmp_path / "gemma", tmp_path / "out"
-    make_model(folder, "gemma", "<end_of_turn>", eos_token=TEXT_END)
-    flags = (*LAPTOP, "--max_steps", 1, "--per_device_train_batch_size", 16, "--report_to", "none")
-    flags = (*flags, "--eval_samples", 16, "--output_dir", out, "--model_name_or_path")
-    done, again = run(*flags, folder), run(*flags, out, "--eval_only")
-    assert done.returncode == again.returncode == 0, done.stderr + again.stderr
-    assert done.stderr.count("system role") == 1 and "system role" not in again.stderr
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    messages = grpo_demo.make_prompt("How many?", one_shot=True)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    parts = ["Respond in the following format", messages[2]["content"] + "<end_of_turn>"]
-    assert all(text.count(part) == 1 for part in parts)
-    assert text.endswith("How many?<end_of_turn>\n<start_of_turn>model\n")
-    (file,) = out.glob("eval-*/evaluation.json")
-    again, trained = (json.loads(f.read_text())["measurements"] for f in (file, out / file.name))
-    assert [*again] == ["zero_shot", "one_shot"]
-    assert again["zero_shot"] == trained["after_zero_shot"]
+def test_a_template_without_a_system_role_is_refused(tmp_path):
+    make_model(tmp_path, "gemma", "<end_of_turn>", eos_token=TEXT_END)
+    with pytest.raises(UserError, match="(?i)system role"):
+        prepare(tmp_path)
 
 
 def test_the_saved_model_keeps_every_stop_token(tmp_path):

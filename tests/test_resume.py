@@ -214,23 +214,23 @@ def test_damage_is_passed_over(whole, tmp_path):
 
 EPOCHS = "--max_steps -1 --dataset_name {few} --num_train_epochs 2"  # 10 questions
 HALF = "--per_device_train_batch_size 8 --gradient_accumulation_steps 2 --steps_per_generation 1"
-EVAL = "--evaluate True --eval_strategy steps --eval_steps 2 --per_device_eval_batch_size 8"
 TWICE = "--num_iterations 2 --per_device_train_batch_size 8 --steps_per_generation 2"
 TWICE += " --loss_type dapo --bf16 True --dtype bfloat16 --learning_rate 1e-2"
 DROP = "--use_peft --lora_dropout 0.5 --gradient_checkpointing True --max_steps 2"
 RESUMED = {  # flags; the steps that are saved; those after which the run is killed
     "second epoch, a step with one batch of two": (f"{EPOCHS} {HALF}", [*range(1, 7)], [3, 4]),
     "completions used for four steps": (f"{TWICE} --max_steps 9 --save_steps 3", [4, 8, 9], [7]),
-    "evaluation, logs in memory": (f"{EVAL} --logging_steps 2 --max_steps 3", [1, 2, 3], [1]),
+    "logs in memory": ("--evaluate True --logging_steps 2 --max_steps 3", [1, 2, 3], [1]),
     "dropout's random state": (DROP, [1, 2], [1]),
 }
 
 
 @pytest.mark.parametrize("what", RESUMED)
 def test_a_resumed_run_is_the_undisturbed_one(tmp_path, what):
-    (flags, saved, steps), whole, few = RESUMED[what], tmp_path / "whole", tmp_path / "few.jsonl"
+    (flags, saved, steps), whole, few = RESUMED[what], tmp_path / "whole", tmp_path / "few"
     lines = Path("assets/tiny/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    few.write_text("".join(lines[:10]), encoding="utf-8")
+    few.mkdir()
+    (few / "train.jsonl").write_text("".join(lines[:10]), encoding="utf-8")
     flags = [*QUICK, *flags.format(few=few).split()]
     finish(*flags, "--output_dir", whole)
     assert find_steps(whole) == saved[::-1]
@@ -369,7 +369,7 @@ def test_what_an_output_directory_is(tmp_path):
     file = tmp_path / "run/run.json"
     assert state() == "new"
     (tmp_path / "run/eval-1234").mkdir(parents=True)
-    for name in (".lock", "run.part", "eval-1234/evaluation.json"):
+    for name in ("run.part", "eval-1234/evaluation.json"):
         (tmp_path / "run" / name).write_text("")
     assert state() == "new"  # what the script leaves before a run begins
     (tmp_path / "run/notes.txt").write_text("dear diary")

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from statistics import mean
 from types import SimpleNamespace
 
@@ -104,11 +103,9 @@ def test_the_evaluation_and_the_card(laptop):
         assert len(kept) == figures["lenient_accuracy"]["n"] == 512
         assert value == pytest.approx(kept["lenient_accuracy"].mean()) and f"{value:.1%} [" in card
         assert summary[f"eval/{name}/lenient_accuracy"] == pytest.approx(value)
-    assert summary["eval/answers"]["nrows"] == 150  # one point is no curve: only in the summary
-    points = Counter(name for row in laptop.rows for name in row if name.startswith("eval/"))
-    assert set(points) <= {"eval/answers"}
+    assert not any(name.startswith("eval/") for row in laptop.rows for name in row)  # no curve
     assert "None" not in card and "--config assets/tiny/config.yaml" in card
-    assert all(sentence in card for sentence in result["sentences"])
+    assert "gain in reasoning" in card
     assert ModelCard(card).data.base_model is None  # assets/tiny is no id on the hub
 
 
@@ -162,6 +159,6 @@ def test_the_default_model_from_a_cache_in_a_locale_that_knows_ascii_only(tmp_pa
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.base_model == "Qwen/Qwen2.5-1.5B-Instruct"
     kept = json.loads((tmp_path / "out/evaluation.json").read_text(encoding="utf-8"))
-    assert len(kept["sentences"]) == 4 and list(kept["pass"]) == list(kept["measurements"])
+    assert list(kept["pass"]) == list(kept["measurements"])
     (file,) = tmp_path.rglob("*.wandb")
     assert file.is_relative_to(tmp_path / "there") and b"mine" in file.read_bytes()

@@ -1,7 +1,6 @@
 """What a run shows and keeps in W&B: watched rewards, warnings, NaN, runs that follow another."""
 
 import functools
-import json
 import re
 import signal
 import subprocess
@@ -13,11 +12,10 @@ import pytest
 import torch
 from conftest import LAPTOP, ROOT, run, series, wandb_rows
 from safetensors.torch import load_file
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name
 
 import grpo_demo
 import rewards
-from assets import watch
 
 SMALL = (*LAPTOP, "--evaluate", "False", "--per_device_train_batch_size", 8, "--num_generations", 4)
 SMALL = (*SMALL, "--max_completion_length", 8, "--save_strategy", "no")
@@ -48,21 +46,18 @@ KINDS += [lambda **kwargs: list(torch.tensor(lengths(**kwargs)))]
 
 @pytest.mark.parametrize("function", KINDS, ids=range(len(KINDS)))
 def test_every_kind_of_reward_keeps_its_name_and_values(function):
-    watched = watch.watch_reward(function)
-    assert get_callable_name(watched) == get_callable_name(function)
-    assert is_async_callable(watched) == is_async_callable(function)
-    (values,) = rewards.try_rewards([watched]).values()
+    ((name, values),) = rewards.try_rewards([function]).items()
+    assert name == get_callable_name(function)
     assert list(values) == [0.25 * len(text) for _, text, _ in rewards.EXAMPLES]
 
 
-def test_a_reward_that_edits_its_texts_is_alone_with_them():
-    def edit(prompts, completions, answer, **kwargs):
-        prompts[0][0]["content"] = completions[0][0]["content"] = answer[0] = "edited"
-        return [1.0]
+def test_a_reward_that_edits_its_texts_is_refused():
+    def edit(completions, **kwargs):
+        completions[0][0]["content"] = "edited"
+        return lengths(completions)
 
-    given_to = {"prompts": messages("q"), "completions": messages("a"), "answer": ["18"]}
-    before = json.dumps(given_to)
-    assert watch.watch_reward(edit)(**given_to) == [1.0] and json.dumps(given_to) == before
+    with pytest.raises(ValueError, match="edit"):
+        rewards.try_rewards([edit])
 
 
 @pytest.fixture

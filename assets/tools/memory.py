@@ -252,6 +252,11 @@ def show_fits(largest: dict[str, dict[int, int]]) -> None:
         print_once(f"{title:<40}" + "".join(f" {cell:>9}" for cell in cells))
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    """Estimate for the flags of grpo_demo.py."""
     with exit_on_error():
-        report(*parse_args([*sys.argv[1:], "--use_cpu"]))
+        report(*parse_args([*argv, "--use_cpu"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
