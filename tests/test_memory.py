@@ -51,14 +51,13 @@ def test_the_resident_memory_of_a_real_step_is_near_the_simulated():
 
 def test_less_for_small_micro_batches_for_checkpointing_and_for_lora():
     """An update holds weights, reference, gradients, two Adam states, a temporary: six."""
-    full, lora = (
-        {(on, rows): peak for on, rows, peak in memory.peaks(Qwen2Config(**SHAPE), *settings)}
-        for settings in (parse_args(FLAGS.split()), parse_args([*FLAGS.split(), "--use_peft"]))
-    )
-    assert [*full] == [(on, rows) for on in (False, True) for rows in (1, 2, 4, 8)]
+    settings = (parse_args([*FLAGS.split(), *more]) for more in ([], ["--use_peft"]))
+    found = (memory.peaks(Qwen2Config(**SHAPE), *both, sizes=[1, 4]) for both in settings)
+    full, lora = ({(on, rows): peak for on, rows, peak in peaks} for peaks in found)
+    assert [*full] == [(on, rows) for on in (False, True) for rows in (1, 4)]
     for (on, rows), peak in full.items():
         assert all(lora[on, rows][phase] < peak[phase] for phase in peak)
-        assert rows == 1 or full[on, rows // 2]["loss"] < peak["loss"]
+        assert rows == 1 or full[on, 1]["loss"] < peak["loss"]
         assert not on or peak["loss"] < full[False, rows]["loss"]
     layer = 2 * 512 * 513 + 2 * 128 * 513 - 512 + 3 * 512 * 1536 + 2 * 512
     update = 6 * 4 * (2 * 32768 * 512 + 4 * layer + 512)
@@ -68,12 +67,12 @@ def test_less_for_small_micro_batches_for_checkpointing_and_for_lora():
     assert {p.dtype for p in step.trained} == {torch.float32}  # beside a model in bf16
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "phi3", "cohere2", "lfm2"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "lfm2"])
 def test_a_cache_with_a_window_or_a_fixed_state_takes_less(family):
     settings, found = parse_args([*FLAGS.split(), "--max_completion_length", "2000"]), []
     kind = "conv" if family == "lfm2" else "sliding_attention"
     for layer, window in ((kind, 16), ("full_attention", 10_000)):
-        kinds = {} if family in ("mistral", "phi3") else {"layer_types": [layer, "full_attention"]}
+        kinds = {} if family == "mistral" else {"layer_types": [layer, "full_attention"]}
         config = CONFIG_MAPPING[family](**SHAPE | SMALL | kinds | {"sliding_window": window})
         found += [peak["generation"] for *_, peak in memory.peaks(config, *settings, [False], [1])]
     assert found[0] < found[1] - 8 * 1900 * 2 * 64 * 4  # keys of 8 rows, 2 heads, in float32
