@@ -24,6 +24,7 @@ The training step matches the gist's on TRL 0.14, except that norm layers get no
 """
 
 import glob
+import json
 import logging
 import os
 import re
@@ -236,17 +237,17 @@ def get_gsm8k_questions(
     after `####` are left out and named in a warning. ValueError if no row is left.
     """
     raw = read_split(dataset_name, dataset_config, split)
+    kinds = {name: str(kind) for name, kind in raw.features.items()}
+    if missing := {"question", "answer"} - {x for x, kind in kinds.items() if "string')" in kind}:
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"no column of texts {names} in {', '.join(raw.column_names)}"[:300])
     # In a column of texts and numbers (Json), datasets turns the text "007" into the number 7
-    kinds = raw.features.items()
-    left_out = [name for name, kind in kinds if name in RESERVED.split() or "Json(" in str(kind)]
+    left_out = [x for x, kind in kinds.items() if x in RESERVED.split() or "Json(" in kind]
     if left_out:
         print_error(f"warning: {split} columns left out (TRL's, or of mixed kinds): {left_out}")
-    raw = raw.remove_columns(left_out)
-    if missing := {"question", "answer"} - {*raw.column_names}:
-        raise ValueError(f"no column {', '.join(sorted(missing))} in {raw.column_names}"[:300])
     rows = []
-    for row in raw:
-        question, (_, mark, end) = row["question"], str(row["answer"]).rpartition("####")
+    for row in raw.remove_columns(left_out):
+        question, (_, mark, end) = row["question"], (row["answer"] or "").rpartition("####")
         number = rewards.as_number(end) if mark else None  # none in 38,5: the gist reads 385
         if question and number is not None:
             gold = rewards.extract_hash_answer(mark + end)
@@ -311,6 +312,8 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
     """
     name = model_args.model_name_or_path
     where = f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"
+    if (file := Path(name, "adapter_config.json")).exists():
+        where += f", an adapter of {json.loads(file.read_text('utf-8'))['base_model_name_or_path']}"
     with as_user_error(where, ImportError):
         model, tokenizer = load_model(args, model_args)
     check_model(args, model, tokenizer, make_prompt(rows["question"][0], one_shot=True), rows)

@@ -173,7 +173,8 @@ def try_rewards(reward_funcs: list, row: dict | None = None) -> dict[str, list[f
     given |= dict.fromkeys(["log_extra", "log_metric"], lambda *args: None)
     given["trainer_state"] = SimpleNamespace(global_step=0, max_steps=1)
     for reward in reward_funcs:
-        name = getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)
+        inner = getattr(reward, "func", reward)  # of a functools.partial
+        name = getattr(inner, "__name__", type(inner).__name__)
         columns = deepcopy(given)
         try:
             got = reward(**columns)

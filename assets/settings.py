@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from argparse import ArgumentError, ArgumentParser
+from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Iterable
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -196,8 +196,12 @@ def check_gpu(args: object) -> None:
 
 def check_tools(args: object) -> None:
     """Raise UserError for what would fail after the evaluation, or train something else."""
+    from transformers import Trainer
+
     if args.use_vllm and not find_spec("vllm"):
         raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
+    with as_user_error("--optim", ImportError):
+        Trainer.get_optimizer_cls_and_kwargs(args)
     if args.loss_type == "cispo" and (args.epsilon_high or args.epsilon) < 1:
         raise UserError("--loss_type cispo: below 1, --epsilon_high scales every gradient; use 5")
     if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
@@ -213,4 +217,5 @@ def check_tools(args: object) -> None:
         if other := options.keys() - SAMPLING.split():
             raise UserError(f"not {', '.join(other)}: it may have {SAMPLING}")
         options["temperature"] = float(options["temperature"])  # transformers refuses 1
+        check_values(Namespace(**options))
     args.generation_kwargs = options

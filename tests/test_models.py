@@ -134,7 +134,6 @@ FAMILIES = {  # template, flags, eos, stop tokens of the file, parts of the expe
     "Llama 3.2": ("llama3_2", (), "<|eot_id|>", ["<|eot_id|>"], [("trims",)]),
     "Llama base": ("llama3_2", (), TEXT_END, [TEXT_END],
                    [("trims",), ("<|eot_id|>", TEXT_END, "[1003, 0]")]),
-    "Gemma": ("gemma", (), TEXT_END, [TEXT_END, "<end_of_turn>"], [("system",), ("trims",)]),
     "Gemma 3": ("gemma3", (), TEXT_END, [TEXT_END, "<end_of_turn>"], [("trims",)]),
     "Phi-3": ("phi3", (), "<|end|>", ["<|end|>"], []),
     "R1": ("deepseek_r1_distill", (), TEXT_END, TEXT_END, [("end▁of▁sentence",), ("<think>",)]),
@@ -223,7 +222,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path):
 
 def test_a_template_without_a_system_role_is_refused(tmp_path):
     make_model(tmp_path, "gemma", "<end_of_turn>", eos_token=TEXT_END)
-    with pytest.raises(UserError, match="(?i)system role"):
+    with pytest.raises(UserError, match=r"(?i)system role"):
         prepare(tmp_path)
 
 

@@ -125,13 +125,13 @@ def own_imports(tree: ast.AST) -> set[str]:
 
 def test_a_run_needs_seven_modules_in_layers_and_all_code_is_short():
     run, above = set().union(*LAYERS), {"rewards"}  # whose list the settings check
-    tools = {"assets.tools.memory", "assets.tools.pass_at_k"}  # imported in a function
+    tools = {"assets.tools.pass_at_k"}  # imported in a function
     for layer in LAYERS:
         assert all(own_imports(TREES[name]) - tools <= above for name in layer)
         above |= layer
     assert set().union(*(own_imports(TREES[name]) for name in run)) | {"grpo_demo"} == run | tools
     length = {name: len(text.splitlines()) for name, text in TEXTS.items()}
-    assert len(run) == 7 and sum(length[name] for name in run) <= 1500
+    assert len(run) == 7 and sum(length[name] for name in run) <= 1600
     assert length["grpo_demo"] <= 400
     tests = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py")]
     assert sum(len(text.splitlines()) for text in tests) <= 3000

@@ -127,7 +127,6 @@ MISTAKES = """
     --generation_kwargs {"seed":1}         | seed
     --chat_template_kwargs x               | --chat_template_kwargs x
     --optim adamw_bnb_8bit                 | --optim
-    --lr_scheduler_type cosine_with_min_lr | --lr_scheduler_type
     --save_total_limit 0                   | --save_total_limit 0
     --data_seed 7                          | --seed
     --push_to_hub                          | hf upload
