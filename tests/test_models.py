@@ -9,7 +9,8 @@ import pytest
 import torch
 import trl
 from conftest import LAPTOP
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import grpo_demo
 from assets.evaluate import generate
@@ -160,9 +161,31 @@ def test_one_line_for_each_thing_that_does_not_fit(tmp_path, capsys, case):
     assert trainer.train_dataset["prompt"][0][2]["content"] in text  # with its last newline
 
 
+def letters(folder: Path) -> None:
+    """Give the model a tokenizer of single letters, as some conversions from GGUF do."""
+    known = {chr(code): code - 29 for code in range(32, 127)} | {"\n": 98}
+    special = {TEXT_END: 0, START: 1, END: 2}
+    plain = Tokenizer(models.WordLevel({**special, **known}, unk_token=TEXT_END))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+def another_class(folder: Path) -> None:
+    """Name another kind's class in tokenizer_config.json, as copies of R1 distills do."""
+    changes = {"tokenizer_config": ("tokenizer_class", "LlamaTokenizerFast")}
+    for name, change in (changes | {"config": ("model_type", "llama")}).items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict([change])))
+
+
 BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 BROKEN = {  # what is done to the model's folder, what the error or warning names
     "tags are special": (lambda f: make_model(f, more=TAGS, eos_token=END), TAGS),
+    "another tokenizer's class": (another_class, ["tokenizer_class"]),
+    "single letters": (letters, ["tokenizer"]),
     "no template": (lambda f: make_model(f, None, END), ["chat_template.jinja"]),
     "a template that refuses": (lambda f: make_model(f, "{{ raise_exception('no') }}"), ["no"]),
     "no stop token": (lambda f: make_model(f, BARE, eos_token=None, pad_token=None), ["eos_token"]),
@@ -179,6 +202,16 @@ def test_what_the_rewards_could_not_see_is_refused(tmp_path, capsys, case):
     except UserError as error:
         said = str(error)
     assert said and all(name in said for name in named), said
+
+
+def test_a_prompt_begins_with_one_bos(tmp_path):
+    """The template writes it, and the tokenizer would add one too."""
+    bos = "<|begin_of_text|>"
+    folder = make_model(tmp_path, "llama3_2", "<|eot_id|>", eos_token="<|eot_id|>", bos_token=bos)
+    trainer = prepare(folder)
+    trainer.processing_class.add_bos_token = True
+    ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset["prompt"][0]])
+    assert ids[0].count(trainer.processing_class.bos_token_id) == 1
 
 
 def other_architecture(folder: Path, kind: str, **sizes: int) -> Path:
