@@ -9,18 +9,8 @@
 Each constant below, but the prompt's texts, is also a flag and a YAML key (`--config FILE`), in
 lower case; so is each field of TRL's GRPOConfig and ModelConfig.
 
-GRPO in six lines (arXiv 2402.03300; `tests/test_step.py` writes the whole step out, without TRL,
-which computes it in GRPOTrainer._compute_loss):
-
-    For each prompt, the model samples a group of G completions; each gets a reward r.
-    Its advantage is A = (r - mean of the group) / (std of the group + 1e-4).
-    For each token, ratio = p / p.detach(), which is 1, but has the gradient of log p;
-    kl = p_ref / p - log(p_ref / p) - 1, where p_ref is the untrained model's probability.
-    loss = -mean over completions of (mean over tokens of (ratio * A - beta * kl)).
-    Then the gradient is clipped to norm 0.1 and AdamW takes one step.
-
-The training step matches the gist's on TRL 0.14, except that norm layers get no weight decay
-(transformers 5). What else differs: assets/notes/differences.md.
+The training step is the gist's (assets/notes/differences.md). README says what it computes;
+TRL does so in GRPOTrainer._compute_loss, and tests/test_step.py writes it out without TRL.
 """
 
 import glob
@@ -285,8 +275,6 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
         if not os.path.isdir(name):
             raise FileNotFoundError("no such folder")
         name = os.path.abspath(name)  # an adapter stores where its base model is
-        for file in Path(name).glob("*.safetensors"):  # transformers would say: no such file
-            file.open("rb").close()
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
     adapter = find_adapter_config_file(name, revision=revision)

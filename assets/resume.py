@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
 from filelock import FileLock
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from assets.settings import UserError, as_user_error, print_error, print_once
@@ -65,6 +65,7 @@ def describe(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer) ->
         "prompts": trainer._tokenize_prompts(rows["prompt"][:])[0],
         "other columns": rows.remove_columns("prompt").to_dict(),
         "rewards": read_code(),
+        "model": model.config.to_diff_dict() | {"transformers_version": "", "use_cache": ""},
         "weights": [weights.hexdigest(), [getattr(part, "scaling", 0) for part in model.modules()]],
         "stop tokens": [trainer.eos_token_ids, trainer.processing_class.pad_token_id],
         "precision": [trainer.accelerator.mixed_precision, model.dtype],
@@ -113,9 +114,15 @@ def decide(args: GRPOConfig, now: dict[str, str]) -> tuple[str, str, dict, str |
     return "resumable", f"resuming from {checkpoint or 'step 0'}", old, checkpoint
 
 
+def find_steps(out: Path) -> list[int]:
+    """Return the steps that have a checkpoint, the last one first; checkpoint-9-copy is a user's."""
+    names = [folder.name.removeprefix("checkpoint-") for folder in out.glob("checkpoint-*")]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
 def newest_checkpoint(out: Path) -> str | None:
     """Return the newest checkpoint whose files are all there, and as long as when it was saved."""
-    for folder in map(Path, reversed(sort_checkpoints(out))):
+    for folder in (out / f"checkpoint-{step}" for step in find_steps(out)):
         with suppress(OSError, ValueError):
             sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
             if all((folder / name).stat().st_size == size for name, size in sizes.items()):
@@ -171,7 +178,7 @@ class StopAndResume(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer, checkpoint: str | None):
         args, self.checkpoint = trainer.args, checkpoint
         self.signal, self.due, self.handlers = 0, False, {}
-        # Old checkpoints go when the new one is complete; two stay, as one may be damaged
+        # Old checkpoints go when the new one is complete
         self.keep, args.save_total_limit = args.save_total_limit, None
         # TRL keeps the completions that are used several times in memory only
         self.batches = args.steps_per_generation * args.num_iterations
@@ -209,11 +216,14 @@ class StopAndResume(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         wait_for_everyone()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            out, step = Path(args.output_dir), state.global_step
+            folder = out / f"checkpoint-{step}"
             files = (f for f in folder.rglob("*") if f.is_file() and f.stem != "sizes")
             sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
             write_json(folder / "sizes.json", sizes)
-            rotate_checkpoints(args.output_dir, self.keep and max(self.keep, 2))
+            older = [old for old in find_steps(out) if old <= step]  # a later one is damaged
+            for old in older[self.keep or len(older) :]:
+                shutil.rmtree(out / f"checkpoint-{old}")
 
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self.handlers.items():

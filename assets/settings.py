@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import get_type_hints
 
 import yaml
-from tqdm import tqdm
 
 import rewards
 
@@ -36,12 +35,10 @@ CHOICES = {
     "save_strategy": "no steps epoch",  # the best would be that on the test questions
 }
 SAMPLING = "temperature top_p top_k min_p repetition_penalty"  # what --generation_kwargs may have
-ADVICE = {  # pattern of a library's error: what to do
-    "out of memory|can't allocate memory": """out of memory. In this order, try
-        --gradient_checkpointing True, --use_peft, a smaller --max_completion_length; or the file of
-        a smaller card, --config assets/cards/16gb.yaml; python -m assets.tools.memory estimates""",
-    "No space left|Disk quota|inline_container|iostream": """the disk is full: make room, then run
-        the same command again""",  # the last two are torch.save's
+ADVICE = {  # pattern of a library's error: what to do. inline_container, iostream: of torch.save
+    "out of memory|can't allocate memory": "out of memory: try --gradient_checkpointing True, then "
+    "--use_peft, a smaller --max_completion_length or a file of assets/cards",
+    "No space left|Disk quota|inline_container|iostream": "the disk is full: make room, run again",
 }
 UNSET = {("max_steps", -1), ("local_rank", -1)}
 
@@ -75,14 +72,13 @@ def as_user_error(what: str, *kinds: type[Exception]):
 
 
 def print_once(message: str = "", stream=None, rank: str = "RANK") -> None:
-    """Print a line on stdout, on the first process only; progress bars stay whole."""
+    """Print a line on stdout, on the first process only."""
     if os.environ.get(rank, "0") != "0":
         return
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"  # it may lack a character of a completion
     try:
-        tqdm.write(message.encode(encoding, "replace").decode(encoding), file=stream)
-        stream.flush()
+        print(message.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
     except OSError:  # the terminal, or the reader of a pipe, is gone: the run goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -120,7 +116,7 @@ def collect(argv: list[str], script: dict[str, object]) -> tuple[dict[str, dict]
     """Return the settings of the script and of each YAML file, and the other flags."""
     names = read_names(script["__file__"])
     if {"-h", "--help"} & {*argv}:
-        print_once(script["__doc__"].split("GRPO in six lines")[0])
+        print_once(script["__doc__"])
         print_once("\n".join(f"  --{name}  {text}" for name, text in names.items()))
         raise SystemExit(0)
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

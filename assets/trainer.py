@@ -99,12 +99,6 @@ class GRPOTrainer(trl.GRPOTrainer):  # the same name: W&B's timers are named aft
         exact = batch["advantages"]  # in float64; what is not 0, but tiny, is rounding
         return batch | {"advantages": exact.where(exact.abs() > 1e-8, 0).float()}
 
-    def log(self, logs, start_time=None):
-        """Log as TRL does, but not the last step's completions again when training ends."""
-        wanted, self.log_completions = self.log_completions, self.log_completions and "loss" in logs
-        super().log(logs, start_time)
-        self.log_completions = wanted
-
 
 def in_order_of_length(batches: list[dict]) -> list[dict]:
     """Return the micro-batches with their rows sorted by length, the shortest in the first one."""

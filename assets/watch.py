@@ -10,8 +10,6 @@ from textwrap import fill
 
 import torch
 import wandb
-from accelerate.utils import gather_object
-from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK as PROGRESS_BAR
@@ -22,7 +20,7 @@ from assets.settings import as_user_error, print_error, print_once
 SOFT, STRICT = (f"rewards/{kind}_format_reward_func/mean" for kind in ("soft", "strict"))
 CUT_OFF = """most completions are cut off. If KL is above 2, lower --learning_rate. If they go on \
 after </answer>, see eos_token_id in generation_config.json. Else raise --max_completion_length"""
-NOT_FINITE = "the loss, a gradient or a weight is not finite: stopped. Lower --learning_rate"
+NOT_FINITE = "the loss or a gradient is not finite: stopped. Lower --learning_rate"
 NO_FORMAT = "no format reward: most completions begin with {begin!r} and end with {end!r}"
 WARNINGS = {  # text: how often in a row, condition on their metrics (0 if not logged)
     NOT_FINITE: (1, lambda m: not m["finite"]),
@@ -52,20 +50,15 @@ class Watch(TrainerCallback):
     """Prints a line a step and samples; warns once of a silent failure; stops, unsaved, at NaN."""
 
     def __init__(self, trainer: GRPOTrainer):
-        self.trainer, self.finite, self.failures = trainer, True, Counter()
+        self.trainer, self.failures = trainer, Counter()
         trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else PROGRESS_BAR)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.finite = all(gather_object([math.isfinite(get_total_norm(trained))]))
-        control.should_log |= not self.finite  # `on_log` stops all processes
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs:
             return
         metrics = defaultdict(float, {k: v for k, v in logs.items() if v is not None})
         norm = 0.0 if args.fp16 else metrics["grad_norm"]  # fp16 skips a step that overflows
-        metrics["finite"] = self.finite and math.isfinite(metrics["loss"] + norm)
+        metrics["finite"] = math.isfinite(metrics["loss"] + norm)
         if state.is_world_process_zero:
             self.show(metrics, state)
         if not metrics["finite"]:  # the last checkpoint is the last good one
