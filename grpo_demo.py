@@ -14,14 +14,13 @@ TRL does so in GRPOTrainer._compute_loss, and tests/test_step.py writes it out w
 """
 
 import glob
-import json
 import logging
 import os
 import re
-import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -114,7 +113,6 @@ ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
 if __name__ == "__main__":  # --help and misspelt flags, before the packages load (6 s)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they load: no traceback
     from assets import settings
 
     with settings.exit_on_error():
@@ -123,8 +121,7 @@ if __name__ == "__main__":  # --help and misspelt flags, before the packages loa
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
@@ -157,7 +154,10 @@ class DemoConfig(GRPOConfig):
     def __post_init__(self):
         """Refuse what TRL and transformers would refuse too late, or not at all."""
         settings.check_values(self)
-        settings.check_gpu(self)
+        if not self.use_cpu and not torch.cuda.is_available():
+            raise UserError("no CUDA GPU found: on a laptop add --config assets/tiny/config.yaml")
+        if self.bf16 and not (self.use_cpu or torch.cuda.is_bf16_supported(False)):  # emulated
+            raise UserError("the GPU has no bf16: add --config assets/cards/16gb.yaml")
         super().__post_init__()
         settings.check_tools(self)
 
@@ -182,20 +182,13 @@ def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]
     return [{"role": role, "content": content} for role, content in messages]
 
 
-def is_local(name: str) -> bool:
-    """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
-    here = os.path.join(os.path.dirname(__file__), name)  # the script may be started elsewhere
-    return any(map(os.path.exists, (name, here, os.path.dirname(name)))) or name.count("/") > 1
-
-
 def read_split(name: str, config: str | None, split: str) -> Dataset:
     """Return the rows of a dataset on the hub or on disk.
 
-    A folder, or its folder `config` or data, holds train.jsonl and test.jsonl (or .json, .csv,
-    .parquet, each also with .gz) or the parquet parts of a hub snapshot; no other name is read.
-    ValueError or OSError for what cannot be read.
+    A folder, or its folder `config` or data, has train.jsonl and test.jsonl (or .json, .csv,
+    .parquet, .gz of them) or the parts of a hub snapshot. ValueError or OSError if it has not.
     """
-    if not is_local(name):
+    if not os.path.exists(name):
         return load_dataset(name, config, split=split)
     exact = re.compile(rf"{split}(?:-\d+-of-(\d+))?\.(jsonl?|csv|parquet)(?:\.gz)?")
     folders = {Path(name), Path(name, str(config)), Path(name, "data")}
@@ -203,7 +196,7 @@ def read_split(name: str, config: str | None, split: str) -> Dataset:
     files = [file for file in there if exact.fullmatch(file.name)]
     parts, kind = exact.fullmatch(files[0].name).groups() if files else (None, "")
     if len(files) != int(parts or 1):
-        found = ", ".join(file.name for file in (files or there)[:9]) or "no such folder"
+        found = ", ".join(file.name for file in (files or there)[:9])
         raise FileNotFoundError(f"needs one {split}.jsonl or .parquet, or all parts; found {found}")
     names = [glob.escape(str(file)) for file in files]
     with TemporaryDirectory() as cache:  # a lasting one would keep the rows of a changed file
@@ -215,18 +208,13 @@ def read_split(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"{', '.join(map(str, files))}: {text[:200]}") from error
 
 
-def get_gsm8k_questions(
-    split: str = "train",
-    dataset_name: str = DATASET_NAME,
-    dataset_config: str | None = DATASET_CONFIG,
-    one_shot: bool = ONE_SHOT,
-) -> Dataset:
+def get_gsm8k_questions(split="train", name=DATASET_NAME, config=DATASET_CONFIG, one_shot=ONE_SHOT):
     """Return a split: columns prompt (messages), question, answer (the gold number, a string).
 
     Other columns stay: rewards get them. Columns that would replace TRL's and rows without a number
     after `####` are left out and named in a warning. ValueError if no row is left.
     """
-    raw = read_split(dataset_name, dataset_config, split)
+    raw = read_split(name, config, split)
     kinds = {name: str(kind) for name, kind in raw.features.items()}
     if missing := {"question", "answer"} - {x for x, kind in kinds.items() if "string')" in kind}:
         names = ", ".join(sorted(missing))
@@ -265,16 +253,13 @@ def load_questions(args: DemoConfig, split: str) -> Dataset:
     return rows
 
 
-def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
-    """Return the model, as an instance like in the gist, and its tokenizer.
-
-    A directory or hub id with a LoRA adapter gives its base model with that adapter, trainable.
-    """
+def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple:
+    """Return the model, or the base of a LoRA adapter with it, and the tokenizer."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    if is_local(name):
-        if not os.path.isdir(name):
-            raise FileNotFoundError("no such folder")
+    if os.path.isdir(name):
         name = os.path.abspath(name)  # an adapter stores where its base model is
+        for file in Path(name).glob("*.safetensors"):  # transformers would say: no such file
+            file.open("rb").close()
     flash = is_flash_attn_2_available() and args.device.type == "cuda"
     attention = model_args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
     adapter = find_adapter_config_file(name, revision=revision)
@@ -294,14 +279,9 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
 
 
 def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> GRPOTrainer:
-    """Return the trainer with model, rewards and, with `--use_peft`, the gist's LoRA adapter.
-
-    UserError for what does not load or fit together.
-    """
+    """Return the trainer, with `--use_peft` the gist's LoRA; UserError for what does not fit."""
     name = model_args.model_name_or_path
-    where = f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"
-    if (file := Path(name, "adapter_config.json")).exists():
-        where += f", an adapter of {json.loads(file.read_text('utf-8'))['base_model_name_or_path']}"
+    where = f"cannot load model {name!r}, or an adapter's base (hub ids, or in {os.getcwd()})"
     with as_user_error(where, ImportError):
         model, tokenizer = load_model(args, model_args)
     check_model(args, model, tokenizer, make_prompt(rows["question"][0], one_shot=True), rows)
@@ -318,7 +298,7 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
             peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
         )
     if isinstance(trainer.model, PeftModel):
-        check_adapter(trainer.model)
+        check_adapter(trainer.model, args.beta)
     return trainer
 
 
@@ -328,7 +308,8 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     rows = load_questions(args, "test")
     evaluation = Evaluation(args, model_args.model_name_or_path, rows, make_prompt)
     trainer = build_trainer(args, model_args, rows)
-    evaluation.out = resume.choose_evaluation(args, model_args, trainer)
+    what = resume.on_first_process(lambda: str(resume.describe(args, model_args, trainer)))
+    evaluation.out /= f"eval-{sha256(what.encode()).hexdigest()[:12]}"  # where it can resume
     watch.print_banner(trainer)
     evaluation.evaluate(trainer, "zero_shot", one_shot=False)
     evaluation.evaluate(trainer, "one_shot", one_shot=True)

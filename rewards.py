@@ -142,10 +142,9 @@ def lenient_accuracy(completions, answer, question, log_metric, log_extra, **kwa
     """Return 1.0 if lenient correct, else 0; log both accuracies and the completions."""
     texts = [c[0]["content"] for c in completions]
     scores = [score(text, gold) for text, gold in zip(texts, answer, strict=True)]
-    log_extra("question", question)
-    log_extra("text", texts)
-    log_extra("gold", answer)
-    log_extra("extracted", [extract_xml_answer(text) for text in texts])
+    extra = {"question": question, "text": texts, "gold": answer}
+    for name, values in (extra | {"extracted": [*map(extract_xml_answer, texts)]}).items():
+        log_extra(name, values)
     for kind in ("strict", "lenient"):
         log_metric(f"accuracy/{kind}", sum(s[f"{kind}_accuracy"] for s in scores) / len(texts))
     return [float(s["lenient_accuracy"]) for s in scores]

@@ -96,7 +96,10 @@ class Evaluation:
         """Print the table and, after training, the verdict; keep both in `evaluation.json`, W&B."""
         names = ("dataset_name", "max_completion_length", "seed", "output_dir", "use_vllm")
         settings = {"model": self.model} | {name: getattr(self.args, name) for name in names}
-        measured = {name: summarize(answers) for name, answers in self.answers.items()}
+        measured = {
+            name: {x: mean_interval([row[x] for row in rows], x != "tokens") for x in MEASURES}
+            for name, rows in self.answers.items()
+        }
         result = {"settings": settings | {"decoding": "greedy"}, "measurements": measured}
         if len(measured) == 3:
             *untrained, after = self.answers.values()
@@ -106,8 +109,8 @@ class Evaluation:
         if n := self.args.eval_generations:
             from assets.tools import pass_at_k
 
-            result["pass"], lines, sentence = pass_at_k.report(self.sampled, n)
-            print_once("\n".join([*lines, sentence]))
+            result["pass"], text = pass_at_k.report(self.sampled, n)
+            print_once(text)
         on_first_process(lambda: write_json(self.out / "evaluation.json", result))
         if wandb.run:
             names = pd.json_normalize({"eval": result}, sep="/").iloc[0].items()
@@ -145,18 +148,11 @@ def paired_interval(measure: str, before: list[dict], after: list[dict]) -> dict
     return {"value": sum(changes) / n, "n": n, "low": low, "high": high}
 
 
-def summarize(answers: list[dict]) -> dict[str, dict]:
-    """Return each figure of a measurement with its interval: five shares, and the mean tokens."""
-    columns = {name: [answer[name] for answer in answers] for name in MEASURES}
-    return {name: mean_interval(column, name != "tokens") for name, column in columns.items()}
-
-
 def decide(*, before: list[dict], control: list[dict], after: list[dict]) -> dict:
     """Divide the gain in strict accuracy from `before`, untrained; `control` has the other prompt.
 
-    Reasoning is the gain in lenient accuracy over the better of the two untrained prompts, format
-    is the rest. A part counts as learned if its 95% interval lies above zero; for the format, that
-    of soft or strict format.
+    Reasoning is the gain in lenient accuracy over the better untrained prompt, format is the rest.
+    A part is learned if its 95% interval lies above zero; for the format, soft's or strict's.
     """
     gain = {name: paired_interval(name, before, after) for name in GAINS}
     best = max(control, before, key=lambda rows: sum(row["lenient_accuracy"] for row in rows))

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatch
@@ -27,11 +26,10 @@ from assets.watch import close_run
 
 # Settings that may differ when a run resumes: they change no number, but for rounding, or what they
 # name is compared itself, in `describe`
-FREE = """evaluate eval_only eval_samples eval_generations *eval_batch_size
-    output_dir overwrite_output report_to project run_name log_* logging_* *_to_print print_steps
-    save_* hub_* disable_tqdm local_rank *train_batch_size gradient_accumulation_steps
-    gradient_checkpointing steps_per_generation dataloader_num_workers dataloader_p*
-    torch_empty_cache_steps vllm_gpu* vllm_enable_sleep_mode vllm_server_* model_name_or_path
+FREE = """eval* *eval_batch_size output_dir overwrite_output report_to project run_name log_*
+    logging_* *_to_print print_steps save_* hub_* disable_tqdm local_rank *train_batch_size
+    gradient_accumulation_steps gradient_checkpointing steps_per_generation dataloader_num_workers
+    dataloader_p* torch_empty_cache_steps vllm_gpu* vllm_enable_sleep_mode vllm_server_* model_name*
     model_revision dataset_name dataset_config chat_template_kwargs max_prompt_length"""
 LEFT_OVER = re.compile(r"eval-|run\.part$")  # what the script leaves before a run begins
 STOPS = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU"  # Windows has the first two
@@ -44,7 +42,7 @@ def write_json(path: Path, value: dict) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def on_first_process(function: Callable[[], object]) -> object:
+def on_first_process(function) -> object:
     """Return, on all processes, the result of a function called on the first."""
     return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
 
@@ -71,8 +69,8 @@ def describe(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer) ->
         "precision": [trainer.accelerator.mixed_precision, model.dtype],
         "launched as": trainer.accelerator.distributed_type,
     }
-    texts = {name: json.dumps(value, default=str) for name, value in used.items()}
-    hashes = {name: sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+    texts = {name: json.dumps(value, default=str).encode() for name, value in used.items()}
+    hashes = {name: sha256(text).hexdigest()[:12] for name, text in texts.items()}
     return {name: str(value) for name, value in config.items() if name not in free} | hashes
 
 
@@ -115,7 +113,7 @@ def decide(args: GRPOConfig, now: dict[str, str]) -> tuple[str, str, dict, str |
 
 
 def find_steps(out: Path) -> list[int]:
-    """Return the steps that have a checkpoint, the last one first; checkpoint-9-copy is a user's."""
+    """Return the steps that have a checkpoint, the last one first; no checkpoint-9-copy."""
     names = [folder.name.removeprefix("checkpoint-") for folder in out.glob("checkpoint-*")]
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
@@ -142,18 +140,10 @@ def open_output(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer)
     elif args.process_index == 0:
         if (out / "run.json").exists():
             aside = out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}")
-            with as_user_error(f"--overwrite_output cannot move {out} aside"):
-                out.rename(aside)
+            out.rename(aside)
             print_once(f"moved the old {out} to {aside}")
         write_json(out / "run.json", record)
     return found
-
-
-def choose_evaluation(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer) -> Path:
-    """Return the folder of an evaluation: equal settings have the same, so they resume there."""
-    now = on_first_process(lambda: describe(args, model_args, trainer))
-    name = sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(args.output_dir, f"eval-{name}")
 
 
 @contextmanager
@@ -178,10 +168,8 @@ class StopAndResume(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer, checkpoint: str | None):
         args, self.checkpoint = trainer.args, checkpoint
         self.signal, self.due, self.handlers = 0, False, {}
-        # Old checkpoints go when the new one is complete
-        self.keep, args.save_total_limit = args.save_total_limit, None
-        # TRL keeps the completions that are used several times in memory only
-        self.batches = args.steps_per_generation * args.num_iterations
+        self.keep, args.save_total_limit = args.save_total_limit, None  # see on_save
+        self.batches = args.steps_per_generation * args.num_iterations  # of one generation
 
     def on_signal(self, number, frame):
         """Note the signal: the run ends after the step. SIGTERM or Ctrl-C after it end it now."""
@@ -205,6 +193,7 @@ class StopAndResume(TrainerCallback):
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
         batches = round(state.epoch * len(train_dataloader))  # used so far
+        # No checkpoint has the completions that will be used again: they are in memory only
         used_up = batches % self.batches == 0 or state.global_step >= state.max_steps
         self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
         self.due |= control.should_save or self.signal > 0

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from argparse import ArgumentError, ArgumentParser, Namespace
-from collections.abc import Iterable
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -40,7 +39,6 @@ ADVICE = {  # pattern of a library's error: what to do. inline_container, iostre
     "--use_peft, a smaller --max_completion_length or a file of assets/cards",
     "No space left|Disk quota|inline_container|iostream": "the disk is full: make room, run again",
 }
-UNSET = {("max_steps", -1), ("local_rank", -1)}
 
 
 class UserError(Exception):
@@ -103,13 +101,12 @@ def read_names(script: str) -> dict[str, str]:
     return {**ours, **found, **ours}  # the script's constants come first
 
 
-def check_names(what: str, given: Iterable, names: dict[str, str]) -> None:
+def check_names(what: str, given, names: dict[str, str]) -> None:
     """Raise UserError for a name that is no setting; it says the nearest one."""
     for name in given:
         if name not in names:
-            near = get_close_matches(str(name).lower(), [*names, "config"], n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all"
-            raise UserError(f"unknown {what} {name}; {hint}")
+            near = get_close_matches(str(name).lower(), [*names, "config"], n=1) or ["--help"]
+            raise UserError(f"unknown {what} {name}; did you mean {near[0]}?")
 
 
 def collect(argv: list[str], script: dict[str, object]) -> tuple[dict[str, dict], list[str]]:
@@ -157,37 +154,23 @@ def read(argv: list[str], script: dict[str, object], config_classes: tuple) -> t
     flags = [f" {flag}" if re.match(r"-[\d.]", flag) else flag for flag in flags]  # a number
     with as_user_error("settings", TypeError, ImportError, ArgumentError):
         configs = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    for config in configs[1:]:  # the first one has checked itself
-        check_values(config)
+    check_values(configs[1])  # the first one has checked itself
     return configs
 
 
 def check_values(args: object) -> None:
-    """Refuse what is not supported, out of range or no choice; read JSON texts, expand `~`."""
+    """Refuse what is not supported, out of range or no choice; read texts of JSON."""
     for name, value in list(vars(args).items()):
         if value and name in NOT_SUPPORTED.split():
-            hint = "the same command resumes a run, --seed orders its data, `hf upload` sends it"
-            raise UserError(f"--{name} is not supported: {hint}")
-        number = isinstance(value, int | float) and (name, value) not in UNSET
+            raise UserError(f"--{name}: not supported; use --seed, hf upload, or the same command")
+        number = isinstance(value, int | float) and value != getattr(type(args), name, None)
         if number and not (0 < value < math.inf or (value == 0 and name not in NOT_ZERO.split())):
             raise UserError(f"--{name} {value}: it must be a positive number")
         if name in CHOICES and value not in CHOICES[name].split():
             raise UserError(f"--{name} {value}: it must be one of {CHOICES[name]}")
-        if name in ("model_name_or_path", "dataset_name"):
-            setattr(args, name, os.path.expanduser(value or ""))
         if name.endswith("_kwargs") and isinstance(value, str):
             with as_user_error(f"--{name} {value}: no JSON mapping", TypeError):
                 setattr(args, name, {**json.loads(value)})
-
-
-def check_gpu(args: object) -> None:
-    """Raise UserError if there is no GPU, or one without bf16."""
-    import torch
-
-    if not args.use_cpu and not torch.cuda.is_available():
-        raise UserError("no CUDA GPU found: on a laptop add --config assets/tiny/config.yaml")
-    if args.bf16 and not (args.use_cpu or torch.cuda.is_bf16_supported(including_emulation=False)):
-        raise UserError("the GPU has no bf16: add --config assets/cards/16gb.yaml")
 
 
 def check_tools(args: object) -> None:

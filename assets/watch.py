@@ -20,10 +20,9 @@ from assets.settings import as_user_error, print_error, print_once
 SOFT, STRICT = (f"rewards/{kind}_format_reward_func/mean" for kind in ("soft", "strict"))
 CUT_OFF = """most completions are cut off. If KL is above 2, lower --learning_rate. If they go on \
 after </answer>, see eos_token_id in generation_config.json. Else raise --max_completion_length"""
-NOT_FINITE = "the loss or a gradient is not finite: stopped. Lower --learning_rate"
 NO_FORMAT = "no format reward: most completions begin with {begin!r} and end with {end!r}"
 WARNINGS = {  # text: how often in a row, condition on their metrics (0 if not logged)
-    NOT_FINITE: (1, lambda m: not m["finite"]),
+    "the loss or a gradient is not finite: lower --learning_rate": (1, lambda m: not m["finite"]),
     "rewards are None, NaN or infinite for some completions: {odd}": (1, lambda m: m["odd"]),
     CUT_OFF: (1, lambda m: m["completions/clipped_ratio"] > 0.5),
     "all groups have equal rewards": (20, lambda m: m["frac_reward_zero_std"] == 1),
@@ -97,7 +96,6 @@ class Watch(TrainerCallback):
 
 def open_run(args: GRPOConfig, config: dict, run_id: str) -> None:
     """Open the W&B run on the first process; offline without a key or a server."""
-    close_run()  # of an earlier training in this Python process, which failed
     off = "wandb" not in args.report_to or getenv("WANDB_DISABLED") in ("1", "true", "True")
     if off or args.process_index:
         return

@@ -139,13 +139,6 @@ def test_own_columns_reach_the_rewards(tmp_path, monkeypatch, capsys):
     assert all(f"'{name}'" in line for name in [*taken, "prompt", "id"]) and "level" not in line
 
 
-def test_a_path_of_the_project_from_another_folder_is_no_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert grpo_demo.is_local("assets/tiny") and not grpo_demo.is_local("openai/gsm8k")
-    with pytest.raises(FileNotFoundError):
-        get_gsm8k_questions("train", "assets/tiny")
-
-
 @needs_gsm8k
 def test_real_gsm8k(capsys):
     for split, n in (("train", 7473), ("test", 1319)):

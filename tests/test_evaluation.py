@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo_demo
 from assets import evaluate
-from assets.evaluate import Evaluation, decide, generate, mean_interval, paired_interval, summarize
+from assets.evaluate import Evaluation, decide, generate, mean_interval, paired_interval
 from assets.tools import pass_at_k
 from rewards import score
 
@@ -82,10 +82,9 @@ def test_intervals_and_pass_at_k():
     values = [found["strict_accuracy"][k]["value"] for k in (1, 2, 4)]
     assert values == pytest.approx([0.5, 0.75, 1]) and found["lenient_accuracy"][1]["value"] == 1
     lengths = [3, 5, 5, 8, 21]
-    rows = [score("", "") | {"truncated": False, "tokens": n} for n in lengths]
     normal = statistics.NormalDist(statistics.fmean(lengths), statistics.pstdev(lengths) / 5**0.5)
     wanted = [normal.mean, normal.inv_cdf(0.025), normal.inv_cdf(0.975)]
-    assert numbers(summarize(rows)["tokens"]) == pytest.approx(wanted, rel=1e-4)
+    assert numbers(mean_interval(lengths)) == pytest.approx(wanted, rel=1e-4)
 
 
 def build(tmp_path, *flags: object, file: dict | None = None, n: int = 12) -> tuple:
@@ -203,7 +202,9 @@ def test_report_and_what_it_shows(tmp_path, trained):
     result = evaluation.report()
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     measured = result["measurements"]
-    assert measured == {name: summarize(rows) for name, rows in evaluation.answers.items()}
+    for name, rows in evaluation.answers.items():
+        shares = [mean_interval([row[x] for row in rows], True) for x in evaluate.MEASURES[:-1]]
+        assert [*measured[name].values()][:-1] == shares
     before, control = (zero, one) if trained == "zero_shot" else (one, zero)
     assert decide(before=before, control=control, after=after).items() <= result.items()
 

@@ -249,7 +249,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path):
     config = json.loads(file.read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute()
     file.write_text(json.dumps(config | {"base_model_name_or_path": "models/nowhere"}))
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match="adapter's base"):
         prepare(folder)
 
 

@@ -93,14 +93,14 @@ def test_constants_yaml_and_flags_give_equal_values(tmp_path, monkeypatch, way):
 def test_of_constants_yaml_files_and_flags_the_last_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("use_cpu: true\nlearning_rate: 1e-4\nbeta: 0.1\ntop_k: 3\n")
-    (tmp_path / "b.yaml").write_text("beta: 0.3\nsave_total_limit: null\ndataset_name: ~/x\n")
+    (tmp_path / "b.yaml").write_text("beta: 0.3\nsave_total_limit: null\ndataset_name: x\n")
     monkeypatch.setattr(grpo_demo, "SEED", 3 + 4)  # constants edited by a learner
     monkeypatch.setattr(grpo_demo, "TOP_K", 9)
     monkeypatch.setattr(grpo_demo, "MY_FOLDER", "x", raising=False)
     flags = ["--beta", "0.2", "--config=~/b.yaml", "--use_peft", "--lora-r", "8", "--no_evaluate"]
     args, model_args = parse_args(["--config", str(tmp_path / "a.yaml"), *flags])
     assert (args.learning_rate, args.beta, args.seed, args.top_k) == (1e-4, 0.2, 7, 3)
-    assert (args.save_total_limit, args.dataset_name) == (None, f"{tmp_path}/x")
+    assert (args.save_total_limit, args.dataset_name) == (None, "x")
     assert (model_args.use_peft, model_args.lora_r, args.evaluate) == (True, 8, False)
 
 
