@@ -19,7 +19,7 @@ SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
 SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 32768}
 SMALL = {"num_hidden_layers": 2, "vocab_size": 600, "head_dim": 64, "pad_token_id": 0}
 FLAGS = "--use_cpu True --dtype float32 --bf16 False --num_generations 8 --max_prompt_length 64"
-FLAGS += " --max_completion_length 192 --gradient_accumulation_steps 8 --evaluate False"
+FLAGS += " --max_completion_length 96 --gradient_accumulation_steps 8 --evaluate False"
 PHASES = {"generate": [8], "loss": [4], "update": []}
 REAL = """
 from tests.test_memory import *

@@ -29,6 +29,7 @@ def laptop(tmp_path_factory) -> SimpleNamespace:
     """
     out = tmp_path_factory.mktemp("laptop") / "tiny"
     env = {"HF_DATASETS_CACHE": str(ROOT / "README.md/cache")}  # which cannot be written
+    env["OMP_NUM_THREADS"] = "1"  # the other core has tests too
     argv = [sys.executable, "grpo_demo.py", *LAPTOP, "--output_dir", out]
     logs = [out.with_suffix(f".{name}") for name in ("out", "err")]
     with logs[0].open("w") as stdout, logs[1].open("w") as stderr:
