@@ -4,43 +4,23 @@
     python grpo_demo.py --config assets/tiny/config.yaml    # laptop: no GPU, network or account
     python grpo_demo.py                                     # one CUDA GPU: Qwen2.5-1.5B on GSM8K
     python grpo_demo.py --config assets/cards/16gb.yaml     # for cards of 16, 24, 48 or 80 GB
-    python grpo_demo.py --estimate_memory                   # what fits which card; needs no GPU
-    python grpo_demo.py --use_peft                          # with the gist's LoRA adapter
-    python grpo_demo.py --use_vllm                          # after pip install vllm==0.31.0
     python grpo_demo.py --eval_only --model_name_or_path DIR    # evaluate a saved model
-    accelerate launch --num_processes 2 grpo_demo.py --gradient_accumulation_steps 32  # two GPUs
 
 Each constant below, but the prompt's texts, is also a flag and a YAML key (`--config FILE`), in
 lower case; so is each field of TRL's GRPOConfig and ModelConfig.
 
-GRPO in six lines (arXiv 2402.03300; `tests/test_step.py` writes the whole step out, without TRL,
-which computes it in GRPOTrainer._compute_loss):
-
-    For each prompt, the model samples a group of G completions; each gets a reward r.
-    Its advantage is A = (r - mean of the group) / (std of the group + 1e-4).
-    For each token, ratio = p / p.detach(), which is 1, but has the gradient of log p;
-    kl = p_ref / p - log(p_ref / p) - 1, where p_ref is the untrained model's probability.
-    loss = -mean over completions of (mean over tokens of (ratio * A - beta * kl)).
-    Then the gradient is clipped to norm 0.1 and AdamW takes one step.
-
-The training step matches the gist's on TRL 0.14, except that norm layers get no weight decay
-(transformers 5). What else differs: assets/notes/differences.md.
+The training step is the gist's (assets/notes/differences.md). README says what it computes;
+TRL does so in GRPOTrainer._compute_loss, and tests/test_step.py writes it out without TRL.
 """
 
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformers==5.17.0", "trl==1.16.0", "datasets==5.2.0",
-#     "peft==0.21.2", "accelerate==1.15.0", "wandb==0.31.0"]
-# ///
-
 import glob
-import json
 import logging
 import os
-import signal
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -132,20 +112,16 @@ XML_COT_FORMAT = """\
 ONE_SHOT_QUESTION = "What is the largest single-digit prime number?"
 ONE_SHOT_REASONING = "9 is divisble by 3 and 8 is divisible by 2, but 7 is prime."  # as in the gist
 
-if __name__ == "__main__":  # --help, missing packages, misspelt flags: before packages load
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they load: no traceback
-    from assets.settings import look_first
+if __name__ == "__main__":  # --help and misspelt flags, before the packages load (6 s)
+    from assets import settings
 
-    look_first(globals())
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # after a short spin: kind to a busy machine
+    with settings.exit_on_error():
+        settings.collect(sys.argv[1:], globals())
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
@@ -153,8 +129,8 @@ from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_confi
 import rewards
 from assets import resume, settings, watch
 from assets.evaluate import Evaluation, write_card
-from assets.settings import UserError, as_user_error, print_error, print_once
-from assets.trainer import GRPOTrainer, check_model, check_trainer
+from assets.settings import UserError, as_user_error, exit_on_error, print_error, print_once
+from assets.trainer import GRPOTrainer, check_adapter, check_model
 
 RESERVED = """prompt prompts completion completions completion_ids image images environment
     environments messages chosen rejected trainer_state log_extra log_metric"""  # columns, by TRL
@@ -173,14 +149,15 @@ class DemoConfig(GRPOConfig):
     eval_generations: int = EVAL_GENERATIONS
     print_steps: int = PRINT_STEPS
     eval_only: bool = field(default=False, metadata={"help": "Evaluate a model, do not train."})
-    estimate_memory: bool = field(default=False, metadata={"help": "Print the memory of a step."})
     overwrite_output: bool = field(default=False, metadata={"help": "Move an old run aside."})
 
     def __post_init__(self):
         """Refuse what TRL and transformers would refuse too late, or not at all."""
-        self.use_cpu = self.use_cpu or self.estimate_memory
         settings.check_values(self)
-        settings.check_gpu(self)
+        if not self.use_cpu and not torch.cuda.is_available():
+            raise UserError("no CUDA GPU found: on a laptop add --config assets/tiny/config.yaml")
+        if self.bf16 and not (self.use_cpu or torch.cuda.is_bf16_supported(False)):  # emulated
+            raise UserError("the GPU has no bf16: add --config assets/cards/16gb.yaml")
         super().__post_init__()
         settings.check_tools(self)
 
@@ -205,65 +182,46 @@ def make_prompt(question: str, one_shot: bool = ONE_SHOT) -> list[dict[str, str]
     return [{"role": role, "content": content} for role, content in messages]
 
 
-def is_local(name: str) -> bool:
-    """Return whether a model or dataset can only be a local path; openai/gsm8k is a hub id."""
-    parent = os.path.dirname(name)
-    here = os.path.join(os.path.dirname(__file__), name)  # the script may be started elsewhere
-    return any(map(os.path.exists, (name, here, parent))) or "/" in parent or ".json" in name
-
-
 def read_split(name: str, config: str | None, split: str) -> Dataset:
     """Return the rows of a dataset on the hub or on disk.
 
-    A folder holds train.jsonl and test.jsonl (or .json, .csv, .parquet, each also with .gz), or a
-    hub snapshot's parquet files, in a folder `config` or data too, or what `save_to_disk` wrote. A
-    single file is the train split. ValueError or OSError for what cannot be read.
+    A folder, or its folder `config` or data, has train.jsonl and test.jsonl (or .json, .csv,
+    .parquet, .gz of them) or the parts of a hub snapshot. ValueError or OSError if it has not.
     """
-    if not is_local(name):
+    if not os.path.exists(name):
         return load_dataset(name, config, split=split)
-    path, kinds = Path(name), ("jsonl", "json", "csv", "parquet")
-    if (path / "dataset_dict.json").exists():
-        return load_from_disk(path)[split]
-    names = [f"{split}{part}.{kind}" for part in ("", "-?????-of-?????") for kind in kinds]
-    places = {path, path / str(config), path / "data"}
-    found = [sorted(p.glob(n + gz)) for p in places for n in names for gz in ("", ".gz")]
-    found = [files for files in found if files] or [[path]] * (path.is_file() and split == "train")
-    parts = path.is_dir() and found and found[0][0].name.partition("-of-")[2][:5]
-    if len(found) != 1 or len(found[0]) != int(parts or 1):
-        there = sorted(file.name for files in found or [path.glob("*")] for file in files)
-        looked = f"looked for one {split}.jsonl or {split}.parquet, or all its parts"
-        raise FileNotFoundError(f"{looked}; found {', '.join(there[:9]) or 'no such folder'}")
-    ending = found[0][0].name.removesuffix(".gz").rpartition(".")[2]
-    kind = ending if ending in ("csv", "parquet") else "json"
-    files = [glob.escape(str(file)) for file in found[0]]
+    exact = re.compile(rf"{split}(?:-\d+-of-(\d+))?\.(jsonl?|csv|parquet)(?:\.gz)?")
+    folders = {Path(name), Path(name, str(config)), Path(name, "data")}
+    there = sorted(file for folder in folders for file in folder.glob("*"))
+    files = [file for file in there if exact.fullmatch(file.name)]
+    parts, kind = exact.fullmatch(files[0].name).groups() if files else (None, "")
+    if len(files) != int(parts or 1):
+        found = ", ".join(file.name for file in (files or there)[:9])
+        raise FileNotFoundError(f"needs one {split}.jsonl or .parquet, or all parts; found {found}")
+    names = [glob.escape(str(file)) for file in files]
     with TemporaryDirectory() as cache:  # a lasting one would keep the rows of a changed file
         options = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
         try:
-            return load_dataset(kind, data_files=files, **options)
+            return load_dataset(kind.replace("jsonl", "json"), data_files=names, **options)
         except Exception as error:  # whatever a library makes of a damaged file
             text = str(error.__cause__ or error) or "it is empty"
-            raise ValueError(f"{', '.join(map(str, found[0]))}: {text[:200]}") from error
+            raise ValueError(f"{', '.join(map(str, files))}: {text[:200]}") from error
 
 
-def get_gsm8k_questions(
-    split: str = "train",
-    dataset_name: str = DATASET_NAME,
-    dataset_config: str | None = DATASET_CONFIG,
-    one_shot: bool = ONE_SHOT,
-) -> Dataset:
+def get_gsm8k_questions(split="train", name=DATASET_NAME, config=DATASET_CONFIG, one_shot=ONE_SHOT):
     """Return a split: columns prompt (messages), question, answer (the gold number, a string).
 
     Other columns stay: rewards get them. Columns that would replace TRL's and rows without a number
     after `####` are left out and named in a warning. ValueError if no row is left.
     """
-    raw = read_split(dataset_name, dataset_config, split)
-    # In a column of texts and numbers, datasets turns the text "007" into the number 7
-    mixed = [name for name, kind in raw.features.items() if "Json(" in str(kind)]
-    texts = {name for name, kind in raw.features.items() if "string" in getattr(kind, "dtype", "")}
-    if missing := {"question", "answer"} - texts:
-        there = ", ".join(raw.column_names)
-        raise ValueError(f"no column of texts {', '.join(sorted(missing))} in {there}"[:300])
-    if left_out := sorted({*RESERVED.split()}.intersection(raw.column_names).union(mixed)):
+    raw = read_split(name, config, split)
+    kinds = {name: str(kind) for name, kind in raw.features.items()}
+    if missing := {"question", "answer"} - {x for x, kind in kinds.items() if "string')" in kind}:
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"no column of texts {names} in {', '.join(raw.column_names)}"[:300])
+    # In a column of texts and numbers (Json), datasets turns the text "007" into the number 7
+    left_out = [x for x, kind in kinds.items() if x in RESERVED.split() or "Json(" in kind]
+    if left_out:
         print_error(f"warning: {split} columns left out (TRL's, or of mixed kinds): {left_out}")
     rows = []
     for row in raw.remove_columns(left_out):
@@ -295,15 +253,10 @@ def load_questions(args: DemoConfig, split: str) -> Dataset:
     return rows
 
 
-def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
-    """Return the model, as an instance like in the gist, and its tokenizer.
-
-    A directory or hub id with a LoRA adapter gives its base model with that adapter, trainable.
-    """
+def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple:
+    """Return the model, or the base of a LoRA adapter with it, and the tokenizer."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    if is_local(name):
-        if not os.path.isdir(name):
-            raise FileNotFoundError("no such folder")
+    if os.path.isdir(name):
         name = os.path.abspath(name)  # an adapter stores where its base model is
         for file in Path(name).glob("*.safetensors"):  # transformers would say: no such file
             file.open("rb").close()
@@ -325,43 +278,27 @@ def load_model(args: DemoConfig, model_args: ModelConfig) -> tuple[PreTrainedMod
     return model.to(args.device), tokenizer
 
 
-def build_trainer(
-    args: DemoConfig, model_args: ModelConfig, rows: Dataset, held_out: Dataset | None = None
-) -> GRPOTrainer:
-    """Return the trainer with model, rewards and, with `--use_peft`, the gist's LoRA adapter.
-
-    held_out  questions for `--eval_strategy steps`: accuracy on them while training
-
-    UserError for what does not load or fit together.
-    """
+def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> GRPOTrainer:
+    """Return the trainer, with `--use_peft` the gist's LoRA; UserError for what does not fit."""
     name = model_args.model_name_or_path
-    where = f"cannot load model {name!r} (a hub id, or a folder in {os.getcwd()})"
-    if (file := Path(name, "adapter_config.json")).exists():
-        where += f", an adapter of {json.loads(file.read_text('utf-8'))['base_model_name_or_path']}"
+    where = f"cannot load model {name!r}, or an adapter's base (hub ids, or in {os.getcwd()})"
     with as_user_error(where, ImportError):
         model, tokenizer = load_model(args, model_args)
     check_model(args, model, tokenizer, make_prompt(rows["question"][0], one_shot=True), rows)
     if model_args.model_revision != "main":  # TRL loads the reference model by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
-    if held_out and args.eval_strategy != "no":  # TRL's curve is a mean of its batches' means
-        size = args.per_device_eval_batch_size * args.world_size
-        rest = len(held_out) % (size // (args.num_generations_eval or args.num_generations))
-        used = len(held_out) - rest or len(held_out)
-        print_error(f"--eval_strategy uses {used} of {len(held_out)} questions: whole batches")
-        held_out = held_out.select(range(used))
-    functions = [watch.watch_reward(function) for function in rewards.REWARD_FUNCS]
-    args.reward_weights = [*args.reward_weights, 0.0]
+    args.reward_weights = [*args.reward_weights, 0.0]  # the last function only logs
     with as_user_error("TRL refuses these settings"):
         trainer = GRPOTrainer(
             model=model,
             args=args,
-            reward_funcs=[*functions, rewards.lenient_accuracy],  # the last one only logs
+            reward_funcs=[*rewards.REWARD_FUNCS, rewards.lenient_accuracy],
             train_dataset=rows,
-            eval_dataset=held_out,
             processing_class=tokenizer,
             peft_config=None if isinstance(model, PeftModel) else get_peft_config(model_args),
         )
-    check_trainer(trainer)
+    if isinstance(trainer.model, PeftModel):
+        check_adapter(trainer.model, args.beta)
     return trainer
 
 
@@ -371,7 +308,8 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
     rows = load_questions(args, "test")
     evaluation = Evaluation(args, model_args.model_name_or_path, rows, make_prompt)
     trainer = build_trainer(args, model_args, rows)
-    evaluation.out = resume.choose_evaluation(args, model_args, trainer)
+    what = resume.on_first_process(lambda: str(resume.describe(args, model_args, trainer)))
+    evaluation.out /= f"eval-{sha256(what.encode()).hexdigest()[:12]}"  # where it can resume
     watch.print_banner(trainer)
     evaluation.evaluate(trainer, "zero_shot", one_shot=False)
     evaluation.evaluate(trainer, "one_shot", one_shot=True)
@@ -381,14 +319,13 @@ def eval_only(args: DemoConfig, model_args: ModelConfig) -> None:
 
 def train(args: DemoConfig, model_args: ModelConfig) -> None:
     """Evaluate, train, save, evaluate again; or resume where an earlier run was stopped."""
-    wandb_mode = watch.find_mode(args)
     rows = load_questions(args, "train")
     with as_user_error("rewards.py"):
         rewards.try_rewards(rewards.REWARD_FUNCS, rows[0])  # on its examples
     held_out = load_questions(args, "test") if args.evaluate else None
     evaluation = Evaluation(args, model_args.model_name_or_path, held_out, make_prompt)
     with resume.claim_output(args):
-        trainer = build_trainer(args, model_args, rows, held_out)
+        trainer = build_trainer(args, model_args, rows)
         state, _, record, checkpoint = resume.open_output(args, model_args, trainer)
         if state == "finished":
             return
@@ -397,11 +334,11 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         trainer.add_callback(resume.StopAndResume(trainer, checkpoint))
         watch.print_banner(trainer)
         config = vars(model_args) | args.to_sanitized_dict() | record["settings"]
-        watch.open_run(args, config, record["wandb_id"], wandb_mode)
+        watch.open_run(args, config, record["wandb_id"])
         if args.evaluate:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
-        with suppress(resume.AtLastStep):  # it was stopped after its last step
+        with suppress(StopIteration):  # it was stopped after its last step
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if args.evaluate:
@@ -420,25 +357,9 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()  # of loading weights
     disable_progress_bars()  # of loading data
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what fails is raised too
-    try:
+    with exit_on_error():
         args, model_args = parse_args(argv)
-        if args.estimate_memory:
-            from assets.tools import memory  # which no training run needs
-
-            memory.report(args, model_args)
-        elif args.eval_only:
-            eval_only(args, model_args)
-        else:
-            train(args, model_args)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as error:
-        out_of_memory = should_reduce_batch_size(error)
-        if os.environ.get("TRACEBACK") or not (out_of_memory or isinstance(error, UserError)):
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print_error(watch.OUT_OF_MEMORY if out_of_memory else f"error: {text}")
-        raise SystemExit(2) from None
+        (eval_only if args.eval_only else train)(args, model_args)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Source: gist.github.com/willccbb/4676755236bb08cab5f4e54a0475d6fb
 import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -141,10 +142,9 @@ def lenient_accuracy(completions, answer, question, log_metric, log_extra, **kwa
     """Return 1.0 if lenient correct, else 0; log both accuracies and the completions."""
     texts = [c[0]["content"] for c in completions]
     scores = [score(text, gold) for text, gold in zip(texts, answer, strict=True)]
-    log_extra("question", question)
-    log_extra("text", texts)
-    log_extra("gold", answer)
-    log_extra("extracted", [extract_xml_answer(text) for text in texts])
+    extra = {"question": question, "text": texts, "gold": answer}
+    for name, values in (extra | {"extracted": [*map(extract_xml_answer, texts)]}).items():
+        log_extra(name, values)
     for kind in ("strict", "lenient"):
         log_metric(f"accuracy/{kind}", sum(s[f"{kind}_accuracy"] for s in scores) / len(texts))
     return [float(s["lenient_accuracy"]) for s in scores]
@@ -164,19 +164,19 @@ EXAMPLES = [  # name, completion, comment; the gold answer is 18
 
 def try_rewards(reward_funcs: list, row: dict | None = None) -> dict[str, list[float | None]]:
     """Return name -> rewards of the examples, called as TRL does; `row` has the other columns."""
-    names = [getattr(getattr(r, "func", r), "__name__", type(r).__name__) for r in reward_funcs]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"REWARD_FUNCS needs rewards, each with its own name, not {names}")
     row = {**(row or {}), "question": "What is 9 times 2?", "answer": "18", "completion_ids": [0]}
     row["prompts"] = [{"role": "user", "content": row["question"]}]
     found, size = {}, len(EXAMPLES)
-    columns = {name: [value] * size for name, value in row.items() if name != "prompt"}
-    columns |= dict.fromkeys(["log_extra", "log_metric"], lambda *args: None)
-    columns["trainer_state"] = SimpleNamespace(global_step=0, max_steps=1)
-    for name, reward in zip(names, reward_funcs, strict=True):
-        completions = [[{"role": "assistant", "content": text}] for _, text, _ in EXAMPLES]
+    given = {name: [value] * size for name, value in row.items() if name != "prompt"}
+    given["completions"] = [[{"role": "assistant", "content": text}] for _, text, _ in EXAMPLES]
+    given |= dict.fromkeys(["log_extra", "log_metric"], lambda *args: None)
+    given["trainer_state"] = SimpleNamespace(global_step=0, max_steps=1)
+    for reward in reward_funcs:
+        inner = getattr(reward, "func", reward)  # of a functools.partial
+        name = getattr(inner, "__name__", type(inner).__name__)
+        columns = deepcopy(given)
         try:
-            got = reward(completions=completions, **columns)
+            got = reward(**columns)
             if asyncio.iscoroutine(got):  # in a thread: a notebook's own runs a loop already
                 got = ThreadPoolExecutor().submit(asyncio.run, got).result()
         except Exception as error:
@@ -184,6 +184,8 @@ def try_rewards(reward_funcs: list, row: dict | None = None) -> dict[str, list[f
         is_list = hasattr(got, "__len__") and not isinstance(got, dict) and len(got) == size
         if not is_list or not all(x is None or hasattr(x, "__float__") for x in got):
             raise ValueError(f"{name} returned {got!r:.99}, not {size} numbers for {size} texts")
+        if columns != given or name in found:
+            raise ValueError(f"{name} edits what it is given, or another reward has its name")
         found[name] = got
     return found
 

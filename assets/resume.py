@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatch
@@ -27,20 +26,13 @@ from assets.watch import close_run
 
 # Settings that may differ when a run resumes: they change no number, but for rounding, or what they
 # name is compared itself, in `describe`
-FREE = """evaluate eval_only eval_samples eval_generations *eval_batch_size estimate_memory
-    output_dir overwrite_output report_to project run_name log_* logging_* *_to_print print_steps
-    save_* hub_* disable_tqdm local_rank *train_batch_size gradient_accumulation_steps
-    gradient_checkpointing steps_per_generation dataloader_num_workers dataloader_p*
-    torch_empty_cache_steps vllm_gpu* vllm_enable_sleep_mode vllm_server_* model_name_or_path
+FREE = """eval* *eval_batch_size output_dir overwrite_output report_to project run_name log_*
+    logging_* *_to_print print_steps save_* hub_* disable_tqdm local_rank *train_batch_size
+    gradient_accumulation_steps gradient_checkpointing steps_per_generation dataloader_num_workers
+    dataloader_p* torch_empty_cache_steps vllm_gpu* vllm_enable_sleep_mode vllm_server_* model_name*
     model_revision dataset_name dataset_config chat_template_kwargs max_prompt_length"""
-DISK_FULL = re.compile("No space left|Disk quota|inline_container|iostream")  # torch.save: last two
-LEFT_OVER = re.compile(r"eval-|run\.part$|\.lock$")  # what the script leaves before a run begins
-STOPS = re.compile("SIG(TERM|INT|HUP|USR1|USR2|XCPU)")  # Windows has the first two
-STOPS = [number for number in signal.Signals if STOPS.fullmatch(number.name)]
-
-
-class AtLastStep(Exception):
-    """The checkpoint that was loaded is that of the last step: nothing is left to train."""
+LEFT_OVER = re.compile(r"eval-|run\.part$")  # what the script leaves before a run begins
+STOPS = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU"  # Windows has the first two
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -50,7 +42,7 @@ def write_json(path: Path, value: dict) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def on_first_process(function: Callable[[], object]) -> object:
+def on_first_process(function) -> object:
     """Return, on all processes, the result of a function called on the first."""
     return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
 
@@ -58,31 +50,27 @@ def on_first_process(function: Callable[[], object]) -> object:
 def describe(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer) -> dict[str, str]:
     """Return what must be equal when a run resumes: settings, and hashes of what it uses (10 s)."""
     config = vars(model_args) | args.to_sanitized_dict() | {"world_size": args.world_size}
-    batch = args.per_device_train_batch_size
+    batch, rows = args.per_device_train_batch_size, trainer.train_dataset
     config["optimizer batch"] = batch * args.gradient_accumulation_steps * args.world_size
     config |= {"micro-batch": batch} if order_matters(args) else {}  # the loss has means over it
-    data = [trainer.train_dataset]
-    if args.eval_strategy != "no":  # its reward is logged
-        data, config["held-out batch"] = [*data, trainer.eval_dataset], args.eval_batch_size
     free = {name for name in config for pattern in FREE.split() if fnmatch(name, pattern)}
     model, weights = trainer.model, sha256()
     for name, weight in model.named_parameters():
         weight = getattr(weight, "ds_tensor", weight).detach()  # ZeRO-3: the part that is here
         weights.update(f"{name} {weight.dtype} {weight.shape}".encode())
         weights.update(weight.flatten().view(torch.uint8).cpu().numpy())
-    architecture = model.config.to_diff_dict() | {"transformers_version": "", "use_cache": ""}
     used = {
-        "prompts": [trainer._tokenize_prompts(rows["prompt"][:])[0] for rows in data],
-        "other columns": [rows.remove_columns("prompt").to_dict() for rows in data],
+        "prompts": trainer._tokenize_prompts(rows["prompt"][:])[0],
+        "other columns": rows.remove_columns("prompt").to_dict(),
         "rewards": read_code(),
-        "model": [architecture, [getattr(part, "scaling", 0) for part in model.modules()]],
-        "weights": weights.hexdigest(),
+        "model": model.config.to_diff_dict() | {"transformers_version": "", "use_cache": ""},
+        "weights": [weights.hexdigest(), [getattr(part, "scaling", 0) for part in model.modules()]],
         "stop tokens": [trainer.eos_token_ids, trainer.processing_class.pad_token_id],
         "precision": [trainer.accelerator.mixed_precision, model.dtype],
         "launched as": trainer.accelerator.distributed_type,
     }
-    texts = {name: json.dumps(value, default=str) for name, value in used.items()}
-    hashes = {name: sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+    texts = {name: json.dumps(value, default=str).encode() for name, value in used.items()}
+    hashes = {name: sha256(text).hexdigest()[:12] for name, text in texts.items()}
     return {name: str(value) for name, value in config.items() if name not in free} | hashes
 
 
@@ -125,7 +113,7 @@ def decide(args: GRPOConfig, now: dict[str, str]) -> tuple[str, str, dict, str |
 
 
 def find_steps(out: Path) -> list[int]:
-    """Return the steps that have a checkpoint, complete or not, the last one first."""
+    """Return the steps that have a checkpoint, the last one first; no checkpoint-9-copy."""
     names = [folder.name.removeprefix("checkpoint-") for folder in out.glob("checkpoint-*")]
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
@@ -152,40 +140,26 @@ def open_output(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer)
     elif args.process_index == 0:
         if (out / "run.json").exists():
             aside = out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}")
-            aside.mkdir()
-            for file in sorted(out.iterdir(), key=lambda f: f.name == "run.json"):  # that last
-                if file.name != ".lock":
-                    file.rename(aside / file.name)
+            out.rename(aside)
             print_once(f"moved the old {out} to {aside}")
         write_json(out / "run.json", record)
     return found
 
 
-def choose_evaluation(args: GRPOConfig, model_args: ModelConfig, trainer: GRPOTrainer) -> Path:
-    """Return the folder of an evaluation: equal settings have the same, so they resume there."""
-    now = on_first_process(lambda: describe(args, model_args, trainer))
-    name = sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(args.output_dir, f"eval-{name}")
-
-
 @contextmanager
 def claim_output(args: GRPOConfig):
-    """Hold `args.output_dir` for this run; at its end, close W&B. UserError if the disk is full."""
-    lock = FileLock(Path(args.output_dir, ".lock"))
+    """Hold `args.output_dir` for this run, by a file beside it; at its end, close W&B."""
+    lock = FileLock(f"{Path(args.output_dir).resolve()}.lock")
     with as_user_error("--output_dir cannot be written, or another run is using it"):
         on_first_process(lambda: lock.acquire(timeout=0) and None)
     try:
         yield
-    except Exception as error:  # safetensors and torch have kinds of their own
-        if not DISK_FULL.search(str(error)):
-            raise
-        raise UserError(f"the disk is full: make room, then run it again ({error})") from error
     finally:
         with suppress(OSError):  # the disk may be full for W&B too
             close_run()
         lock.release()
         if args.process_index == 0:
-            Path(args.output_dir, ".lock").unlink(missing_ok=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 class StopAndResume(TrainerCallback):
@@ -193,27 +167,23 @@ class StopAndResume(TrainerCallback):
 
     def __init__(self, trainer: GRPOTrainer, checkpoint: str | None):
         args, self.checkpoint = trainer.args, checkpoint
-        self.signal, self.training, self.due = 0, False, False
-        self.limit, args.save_total_limit = args.save_total_limit, None  # see on_save
-        # TRL keeps the completions that are used several times in memory only
-        self.batches = args.steps_per_generation * args.num_iterations
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self.on_signal)
+        self.signal, self.due, self.handlers = 0, False, {}
+        self.keep, args.save_total_limit = args.save_total_limit, None  # see on_save
+        self.batches = args.steps_per_generation * args.num_iterations  # of one generation
 
     def on_signal(self, number, frame):
-        """Note the signal; SIGTERM or Ctrl-C after it, or any outside of training, ends the run."""
-        again = self.signal and number in (signal.SIGTERM, signal.SIGINT)
-        if again or not self.training:
-            print_error("\nstopped; the same command resumes")
+        """Note the signal: the run ends after the step. SIGTERM or Ctrl-C after it end it now."""
+        if self.signal and number in (signal.SIGTERM, signal.SIGINT):
             raise SystemExit(128 + number)
         self.signal = self.signal or number  # SIGHUP and SIGXCPU come more than once
         print_error("\nfinishing the step, then saving; Ctrl-C again stops at once")
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         if state.global_step >= state.max_steps:  # transformers would train one more step
-            raise AtLastStep
-        self.training = True
+            raise StopIteration
+        for number in [number for number in signal.Signals if number.name in STOPS]:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self.handlers[number] = signal.signal(number, self.on_signal)
         state.compute_steps(args, state.max_steps)  # as set now, not as in the checkpoint
         for _ in range(int(state.epoch or 0)):  # shuffle as often as the epochs before have done
             next(iter(train_dataloader.batch_sampler))
@@ -223,6 +193,7 @@ class StopAndResume(TrainerCallback):
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
         batches = round(state.epoch * len(train_dataloader))  # used so far
+        # No checkpoint has the completions that will be used again: they are in memory only
         used_up = batches % self.batches == 0 or state.global_step >= state.max_steps
         self.signal = max(gather_object([self.signal]))  # all processes stop at the same step
         self.due |= control.should_save or self.signal > 0
@@ -239,13 +210,13 @@ class StopAndResume(TrainerCallback):
             files = (f for f in folder.rglob("*") if f.is_file() and f.stem != "sizes")
             sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
             write_json(folder / "sizes.json", sizes)
-            # It is complete now. One of a later step, which was passed over, does not replace it
-            older = [old for old in find_steps(out) if old <= step]
-            for old in older[self.limit or len(older) :]:
+            older = [old for old in find_steps(out) if old <= step]  # a later one is damaged
+            for old in older[self.keep or len(older) :]:
                 shutil.rmtree(out / f"checkpoint-{old}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.signal:
             print_once(f"stopped at step {state.global_step}; the same command resumes")
             raise SystemExit(128 + self.signal)

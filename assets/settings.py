@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import get_type_hints
 
 import yaml
-from tqdm import tqdm
 
 import rewards
 
@@ -27,19 +26,38 @@ NOT_ZERO = (
     "max_completion_length num_generations num_iterations num_train_epochs save_steps temperature "
     "per_device_eval_batch_size per_device_train_batch_size save_total_limit steps_per_generation"
 )
-UP_TO_1 = "adam_beta1 adam_beta2 lora_dropout min_p top_p vllm_gpu_memory_utilization"
 CHOICES = {
+    "eval_strategy": "no",  # TRL would sample, and log a mean of its batches' means
     "loss_type": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo",  # of TRL 1.16
     "scale_rewards": "group batch none",
     "importance_sampling_level": "token sequence",
     "save_strategy": "no steps epoch",  # the best would be that on the test questions
 }
 SAMPLING = "temperature top_p top_k min_p repetition_penalty"  # what --generation_kwargs may have
-UNSET = {("max_steps", -1), ("local_rank", -1)}
+ADVICE = {  # pattern of a library's error: what to do. inline_container, iostream: of torch.save
+    "out of memory|can't allocate memory": "out of memory: try --gradient_checkpointing True, then "
+    "--use_peft, a smaller --max_completion_length or a file of assets/cards",
+    "No space left|Disk quota|inline_container|iostream": "the disk is full: make room, run again",
+}
 
 
 class UserError(Exception):
     """An error the user can fix: printed as one line, exit status 2."""
+
+
+@contextmanager
+def exit_on_error():
+    """End the script with status 2, and one line, for an error that the user can fix."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        advice = [text for known, text in ADVICE.items() if re.search(known, str(error))]
+        if os.environ.get("TRACEBACK") or not (advice or isinstance(error, UserError)):
+            raise
+        print_error(f"error: {' '.join([*advice, str(error)][0].split())}")
+        raise SystemExit(2) from None
 
 
 @contextmanager
@@ -52,14 +70,13 @@ def as_user_error(what: str, *kinds: type[Exception]):
 
 
 def print_once(message: str = "", stream=None, rank: str = "RANK") -> None:
-    """Print a line on stdout, on the first process only; progress bars stay whole."""
+    """Print a line on stdout, on the first process only."""
     if os.environ.get(rank, "0") != "0":
         return
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"  # it may lack a character of a completion
     try:
-        tqdm.write(message.encode(encoding, "replace").decode(encoding), file=stream)
-        stream.flush()
+        print(message.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
     except OSError:  # the terminal, or the reader of a pipe, is gone: the run goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -84,18 +101,19 @@ def read_names(script: str) -> dict[str, str]:
     return {**ours, **found, **ours}  # the script's constants come first
 
 
-def unknown(what: str, name: object, names: dict[str, str]) -> UserError:
-    """Return the error for a name that is no setting, with the nearest one."""
-    near = get_close_matches(str(name).lstrip("-").lower(), [*names, "config"], n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists all"
-    return UserError(f"unknown {what} {name}; {hint}")
+def check_names(what: str, given, names: dict[str, str]) -> None:
+    """Raise UserError for a name that is no setting; it says the nearest one."""
+    for name in given:
+        if name not in names:
+            near = get_close_matches(str(name).lower(), [*names, "config"], n=1) or ["--help"]
+            raise UserError(f"unknown {what} {name}; did you mean {near[0]}?")
 
 
 def collect(argv: list[str], script: dict[str, object]) -> tuple[dict[str, dict], list[str]]:
     """Return the settings of the script and of each YAML file, and the other flags."""
     names = read_names(script["__file__"])
     if {"-h", "--help"} & {*argv}:
-        print_once(script["__doc__"].split("GRPO in six lines")[0])
+        print_once(script["__doc__"])
         print_once("\n".join(f"  --{name}  {text}" for name, text in names.items()))
         raise SystemExit(0)
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -103,31 +121,18 @@ def collect(argv: list[str], script: dict[str, object]) -> tuple[dict[str, dict]
     with as_user_error("settings", ArgumentError):
         files, flags = parser.parse_known_args(argv)
     constants = {name.lower(): value for name, value in script.items() if name.isupper()}
-    for name in constants.keys() - names:
-        if get_close_matches(name, names, n=1, cutoff=0.8):  # else it is the user's own
-            raise unknown("constant", name.upper(), names)
+    near = (name for name in constants if get_close_matches(name, names, n=1, cutoff=0.8))
+    check_names("constant", near, names)  # what is not near is the user's own
     sources = {"grpo_demo.py": {n: value for n, value in constants.items() if n in names}}
-    for flag in (flag.partition("=")[0] for flag in flags if re.match(r"-[^\d.]", flag)):
-        if not flag.startswith("--") or flag[2:].replace("-", "_").removeprefix("no_") not in names:
-            raise unknown("flag", flag, names)
+    given = (flag.partition("=")[0] for flag in flags if re.match(r"-[^\d.]", flag))
+    given = (flag.replace("-", "_").removeprefix("__").removeprefix("no_") for flag in given)
+    check_names("flag", given, names)
     for file in files.config:
         with as_user_error(f"--config {file}", UserError, TypeError, yaml.YAMLError):
             text = Path(file).expanduser().absolute().read_text(encoding="utf-8")
             values = sources[f"--config {file}"] = {**yaml.safe_load(text)}
-            for key in values.keys() - names:
-                raise unknown("key", key, names)
+            check_names("key", values, names)
     return sources, flags
-
-
-def look_first(script: dict[str, object]) -> None:
-    """End the script for `--help` and for misspelt names, before the packages load (6 s)."""
-    try:
-        if missing := [name for name in ("torch", "trl", "peft", "wandb") if not find_spec(name)]:
-            raise UserError(f"no {', '.join(missing)}: pip install -r requirements.txt")
-        collect(sys.argv[1:], script)
-    except UserError as error:
-        print_error(f"error: {' '.join(str(error).split())}")
-        raise SystemExit(2) from None
 
 
 def read(argv: list[str], script: dict[str, object], config_classes: tuple) -> tuple:
@@ -149,62 +154,43 @@ def read(argv: list[str], script: dict[str, object], config_classes: tuple) -> t
     flags = [f" {flag}" if re.match(r"-[\d.]", flag) else flag for flag in flags]  # a number
     with as_user_error("settings", TypeError, ImportError, ArgumentError):
         configs = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    for config in configs:
-        check_values(config)
+    check_values(configs[1])  # the first one has checked itself
     return configs
 
 
 def check_values(args: object) -> None:
-    """Refuse what is not supported, out of range or no choice; read JSON texts, expand `~`."""
+    """Refuse what is not supported, out of range or no choice; read texts of JSON."""
     for name, value in list(vars(args).items()):
         if value and name in NOT_SUPPORTED.split():
-            hint = "the same command resumes a run, --seed orders its data, `hf upload` sends it"
-            raise UserError(f"--{name} is not supported: {hint}")
-        above, most = name in NOT_ZERO.split(), 1 if name in UP_TO_1.split() else sys.float_info.max
-        number = isinstance(value, int | float) and (name, value) not in UNSET
-        if number and (not 0 <= value <= most or (above and value == 0)):
-            limits = f"{'above' if above else 'at least'} 0{', at most 1' if most == 1 else ''}"
-            raise UserError(f"--{name} {value}: it must be {limits}")
+            raise UserError(f"--{name}: not supported; use --seed, hf upload, or the same command")
+        number = isinstance(value, int | float) and value != getattr(type(args), name, None)
+        if number and not (0 < value < math.inf or (value == 0 and name not in NOT_ZERO.split())):
+            raise UserError(f"--{name} {value}: it must be a positive number")
         if name in CHOICES and value not in CHOICES[name].split():
             raise UserError(f"--{name} {value}: it must be one of {CHOICES[name]}")
-        if name in ("model_name_or_path", "dataset_name"):
-            setattr(args, name, os.path.expanduser(value or ""))
         if name.endswith("_kwargs") and isinstance(value, str):
             with as_user_error(f"--{name} {value}: no JSON mapping", TypeError):
                 setattr(args, name, {**json.loads(value)})
 
 
-def check_gpu(args: object) -> None:
-    """Raise UserError if there is no GPU, or one that only emulates bf16, slowly, as a T4 does."""
-    import torch
-
-    if not args.use_cpu and not torch.cuda.is_available():
-        raise UserError("no CUDA GPU found: on a laptop add --config assets/tiny/config.yaml")
-    if args.bf16 and not (args.use_cpu or torch.cuda.is_bf16_supported(including_emulation=False)):
-        raise UserError("the GPU has no bf16: add --config assets/cards/16gb.yaml")
-
-
 def check_tools(args: object) -> None:
     """Raise UserError for what would fail after the evaluation, or train something else."""
-    from torch import optim, zeros
-    from transformers import Trainer, get_scheduler
+    from transformers import Trainer
 
     if args.use_vllm and not find_spec("vllm"):
         raise UserError("--use_vllm needs vLLM: pip install vllm==0.31.0")
-    with as_user_error("--optim or --lr_scheduler_type", ImportError, RuntimeError, TypeError):
+    with as_user_error("--optim", ImportError):
         Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = optim.SGD([zeros(1)])
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
     if args.loss_type == "cispo" and (args.epsilon_high or args.epsilon) < 1:
         raise UserError("--loss_type cispo: below 1, --epsilon_high scales every gradient; use 5")
-    weights = args.reward_weights or [1.0] * len(rewards.REWARD_FUNCS)
+    if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
+        raise UserError("continuous batching would cast the weights: add --bf16 False --fp16 False")
+    n = len(rewards.REWARD_FUNCS)
+    weights = args.reward_weights or [1.0] * n
     with as_user_error(f"--reward_weights {weights}", TypeError):
         args.reward_weights = [float(weight) for weight in weights]
-        if (
-            len(weights) != len(rewards.REWARD_FUNCS)
-            or not 0 < math.hypot(*args.reward_weights) < math.inf
-        ):
-            raise ValueError(f"give {len(rewards.REWARD_FUNCS)} finite numbers, not all 0")
+        if len(weights) != n or not 0 < math.hypot(*args.reward_weights) < math.inf:
+            raise ValueError(f"give {n} finite numbers, not all 0")
     options = {"temperature": args.temperature, **(args.generation_kwargs or {})}
     with as_user_error(f"--generation_kwargs {options}", UserError, TypeError):
         if other := options.keys() - SAMPLING.split():

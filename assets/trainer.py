@@ -4,32 +4,19 @@ import inspect
 import os
 import re
 import socket
-from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 
 import torch
 import trl
-from datasets import Dataset
-from jinja2 import TemplateError
+from accelerate.utils import set_seed
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn.functional import pad
-from transformers import GenerationConfig, PreTrainedModel, set_seed
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.pytorch_utils import Conv1D
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import split_tensor_dict
 
 from assets.settings import UserError, as_user_error, print_error
 from rewards import count_xml, score
 
 TRIM = re.compile(r"\s*\|\s*trim\b(?!\()|\.strip\(\)")  # in a chat template
-# Goes before a chat template without a system role
-MERGE_SYSTEM = """\
-{%- if messages[0]['role'] == 'system' %}
-    {%- set text = messages[0]['content'] + '\\n' + messages[1]['content'] %}
-    {%- set messages = [{'role': 'user', 'content': text}] + messages[2:] %}
-{%- endif %}"""
 
 
 def order_matters(args: trl.GRPOConfig) -> bool:
@@ -38,25 +25,20 @@ def order_matters(args: trl.GRPOConfig) -> bool:
     return bool(args.loss_type == "bnpo" or entropy or args.router_aux_loss_coef)
 
 
-def call_without_padding(model, positions: bool, input_ids, attention_mask, labels, **kwargs):
-    """Call the model without the columns in which no row has a token; their outputs are 0.
-
-    A left-padded row's first token is at position 0, as in `generate`, if `positions` are passed.
-    """
+def call_without_padding(model, input_ids, attention_mask, labels, **kwargs):
+    """Call the model without the columns in which no row has a token; their outputs are 0."""
     used = attention_mask.any(0).nonzero()
     start, end = used[0].item(), used[-1].item() + 1
     cut = {"attention_mask": attention_mask[:, start:end], "labels": labels[:, start:end]}
-    if positions:
-        cut["position_ids"] = (cut["attention_mask"].cumsum(1) - 1).clamp(min=0)
     output = model(input_ids=input_ids[:, start:end], **cut, **kwargs)
     for name in {"log_probs", "entropy"} & output.keys():
-        output[name] = pad(output[name], (start, input_ids.shape[1] - end))
+        output[name] = torch.nn.functional.pad(output[name], (start, input_ids.shape[1] - end))
     return output
 
 
-def sync_exactly(sync: Callable, model: PeftModel) -> None:
+def sync_exactly(sync, model: PeftModel) -> None:
     """Send merged weights to vLLM by `sync`; put the base back, which in bf16 would drift."""
-    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer")]
     kept = [(layer, layer.weight, layer.weight.detach().clone()) for layer in layers]
     sync()
     for layer, weight, values in kept:
@@ -65,12 +47,7 @@ def sync_exactly(sync: Callable, model: PeftModel) -> None:
 
 
 class GRPOTrainer(trl.GRPOTrainer):  # the same name: W&B's timers are named after the class
-    """TRL's trainer with TRL's loss, but these differences:
-
-    Padding: a micro-batch has rows of similar length, and is no wider than its own longest row.
-    Advantages in float64: of equal rewards exactly 0. A float32 mean can be one unit off.
-    Positions as in sampling, for a model that learned absolute ones (GPT-2).
-    """
+    """TRL's trainer and loss, without work on padding; equal rewards have advantage 0, exactly."""
 
     def __init__(self, *args, **kwargs):
         with socket.socket() as free:  # two runs with vLLM that start together take one port
@@ -83,16 +60,11 @@ class GRPOTrainer(trl.GRPOTrainer):  # the same name: W&B's timers are named aft
             if isinstance(engine.model, PeftModel):
                 engine.sync_weights = partial(sync_exactly, engine.sync_weights, engine.model)
             if self.args.vllm_mode == "colocate":  # vLLM has set the seed to its own
-                rank = self.args.process_index // self.args.vllm_tensor_parallel_size
-                set_seed(self.args.seed + rank)
+                set_seed(self.args.seed, device_specific=True)
 
     def _get_per_token_logps_and_entropies(self, model, ids, mask, keep, batch_size=None, **kwargs):
         order = (mask.sum(1) * bool(batch_size and batch_size < len(ids))).argsort(stable=True)
-        base = self.accelerator.unwrap_model(self.model)
-        base = base.get_base_model() if isinstance(base, PeftModel) else base
-        takes = inspect.signature(type(base).forward).parameters
-        rotary = getattr(base.config.get_text_config(), "rope_parameters", None)
-        call = partial(call_without_padding, model, "position_ids" in takes and not rotary)
+        call = partial(call_without_padding, model)
         scores = super()._get_per_token_logps_and_entropies(
             call, ids[order], mask[order], keep, batch_size, **kwargs
         )
@@ -109,26 +81,16 @@ class GRPOTrainer(trl.GRPOTrainer):  # the same name: W&B's timers are named aft
         return self._buffered_inputs[self._step % len(buffer)]
 
     def _calculate_rewards(self, *args):
-        return super()._calculate_rewards(*args).double()
+        return super()._calculate_rewards(*args).double()  # a float32 mean can be one unit off
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         exact = batch["advantages"]  # in float64; what is not 0, but tiny, is rounding
         return batch | {"advantages": exact.where(exact.abs() > 1e-8, 0).float()}
 
-    def evaluate(self, *args, **kwargs):
-        """Evaluate as TRL does; training keeps its completions and its random numbers."""
-        logs, self._logs = self._logs, deepcopy(self._logs)
-        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-            metrics = super().evaluate(*args, **kwargs)
-        self._logs = logs
-        return metrics
-
     def log(self, logs, start_time=None):
-        """Log as TRL does, but completions only at a step of training, and only once."""
-        wanted, self.log_completions = self.log_completions, self.log_completions and "loss" in logs
+        self.log_completions &= "loss" in logs  # not the last step's again when training ends
         super().log(logs, start_time)
-        self.log_completions = wanted
 
 
 def in_order_of_length(batches: list[dict]) -> list[dict]:
@@ -138,11 +100,8 @@ def in_order_of_length(batches: list[dict]) -> list[dict]:
     return split_tensor_dict({k: x[order] if x.ndim else x for k, x in whole.items()}, len(batches))
 
 
-def check_model(args, model, tokenizer: Tokenizer, prompt: list[dict], rows: Dataset) -> None:
-    """Check that the format can be learned (UserError) and that prompts fit; warn of what is lost.
-
-    prompt: messages (system, example question, example answer, question); rows: column prompt
-    """
+def check_model(args, model, tokenizer, prompt: list[dict], rows) -> None:
+    """Check that the format can be learned, and prompts fit. prompt: messages with the example."""
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")  # `generate` obeys all others too
     kept = {name: getattr(model.generation_config, name) for name in kept}
     model.generation_config = GenerationConfig(**kept)
@@ -150,42 +109,34 @@ def check_model(args, model, tokenizer: Tokenizer, prompt: list[dict], rows: Dat
         raise UserError("no chat template: use the instruct version, or add chat_template.jinja")
     options = {"tokenize": False, **(args.chat_template_kwargs or {})}
     show = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **options)
-    with as_user_error("the chat template cannot show a prompt", TemplateError):
-        fit_template(tokenizer, prompt, partial(show, prompt))
+    with as_user_error("the chat template cannot show a prompt", Exception):
+        keep_newlines(tokenizer, prompt[2]["content"], partial(show, prompt))
         turn = tokenizer.apply_chat_template(prompt[:3], **options)
     check_stops(model, tokenizer, *turn.rpartition(prompt[2]["content"].rstrip())[::2])
     check_tokens(tokenizer, prompt, show(prompt))
-    encoded = tokenizer(show(rows["prompt"][:]), add_special_tokens=False)["input_ids"]
-    lengths = [len(ids) for ids in encoded]
+    ids = tokenizer(show(rows["prompt"][:]), add_special_tokens=False)["input_ids"]
+    lengths = [*map(len, ids)]
     if long := sum(n > args.max_prompt_length for n in lengths):
         over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
         print_error(f"warning: {over} (up to {max(lengths)}); they are kept whole")
+    takes, rope = inspect.signature(type(model).forward).parameters, "rope_parameters"
+    if "position_ids" in takes and not getattr(model.config.get_text_config(), rope, None):
+        raise UserError(f"{model.config.model_type} has absolute positions, which TRL would shift")
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and (longest := max(lengths) + args.max_completion_length) > positions:
         why = f"a prompt and its completion may take {longest} tokens, the model takes {positions}"
         raise UserError(f"{why}: lower --max_completion_length")
 
 
-def fit_template(tokenizer: Tokenizer, prompt: list[dict], show: Callable[[], str]) -> None:
-    """Let the chat template `show` each message whole, with the example's last newline.
-
-    Without a system role, the system prompt goes in front of the first question.
-    """
-    system, _, example, _ = [message["content"] for message in prompt]
-    try:
-        shown = show().count(system.strip())
-    except TemplateError:  # "System role not supported"
-        shown = 0
-    if system.strip() and shown != 1:
-        tokenizer.chat_template = MERGE_SYSTEM + tokenizer.get_chat_template()
-        print_error("warning: the chat template has no system role: it goes before the question")
+def keep_newlines(tokenizer: PreTrainedTokenizerBase, example: str, show) -> None:
+    """Let the chat template `show` the example with its last newline, as it is to be learned."""
     if example not in show() and example.strip() in show():
         tokenizer.chat_template = TRIM.sub("", tokenizer.get_chat_template())
         done = "that is taken out of it" if example in show() else "the example lost its newline"
         print_error(f"warning: the chat template trims messages: {done}")
 
 
-def check_tokens(tokenizer: Tokenizer, prompt: list[dict], text: str) -> None:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], text: str) -> None:
     """Check that template (`text`) and tokenizer keep the prompt, and the example's format."""
     example = prompt[2]["content"]
     ids, answer = tokenizer([text, example], add_special_tokens=False)["input_ids"]
@@ -206,7 +157,7 @@ def check_tokens(tokenizer: Tokenizer, prompt: list[dict], text: str) -> None:
         print_error(f"warning: completions begin with <think>, so no format is earned: {cure}")
 
 
-def check_stops(model: PreTrainedModel, tokenizer: Tokenizer, start: str, rest: str) -> None:
+def check_stops(model, tokenizer: PreTrainedTokenizerBase, start: str, rest: str) -> None:
     """Check that generation stops as the template ends a turn; it shows `start`, text, `rest`."""
     rest, ids = rest.strip(), tokenizer.get_added_vocab()
     end = max((token for token in ids if rest.startswith(token)), key=len, default=None)
@@ -225,24 +176,13 @@ def check_stops(model: PreTrainedModel, tokenizer: Tokenizer, start: str, rest: 
         print_error(f"warning: {ends}{cure}")
 
 
-def check_trainer(trainer: trl.GRPOTrainer) -> None:
-    """Warn of layers without adapter; UserError if the weights or the reference would be others."""
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision
-    wanted = kinds.get(trainer.accelerator.mixed_precision)
-    cast = wanted and any(p.dtype != wanted for p in model.parameters())
-    if args.use_transformers_continuous_batching and cast:
-        cure = "add --bf16 False --fp16 False, or train in bfloat16, without LoRA"
-        raise UserError(f"continuous batching would cast the weights to {wanted}: {cure}")
-    if not isinstance(model, PeftModel):
-        return
-    start = str(model.peft_config["default"].init_lora_weights)
-    if args.beta and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+def check_adapter(model: PeftModel, beta: float) -> None:
+    """Warn of linear layers without adapter; with beta, refuse one that changes the base."""
+    start = model.peft_config["default"].init_lora_weights
+    if beta and re.match("(?i)pissa|olora|corda|loftq", str(start)):
         raise UserError(f"{start} changes the base weights, the KL's reference: use --beta 0")
-    layers = [item for item in model.named_modules() if "lora_" not in item[0]]
-    adapted = {name.split(".")[-1] for name, layer in layers if isinstance(layer, BaseTunerLayer)}
-    linear = [name for name, layer in layers if isinstance(layer, (torch.nn.Linear, Conv1D))]
-    linear = {name.removesuffix(".base_layer").split(".")[-1] for name in linear}
-    if bare := sorted(linear - adapted - {"lm_head", "embed_out"}):
-        flag = f"--lora_target_modules {' '.join([*sorted(adapted), *bare])}"
-        print_error(f"warning: no adapter on {', '.join(bare)}: to add them, {flag}")
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    bare = {n.split(".")[-1] for n in linear if "lora_" not in n and ".base_layer" not in n}
+    if bare := sorted(bare - {"lm_head", "embed_out"}):
+        names = " ".join(sorted({*model.peft_config["default"].target_modules, *bare}))
+        print_error(f"warning: no adapter on {', '.join(bare)}: add --lora_target_modules {names}")

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +22,6 @@ needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").exists(), reason=wh
 LAPTOP = ("--config", "assets/tiny/config.yaml")
 TWO = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 TWO = (*TWO, "--main_process_port", "0")
-COMPARED = {"train/loss", "train/kl", "train/accuracy/strict", "train/accuracy/lenient"}
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:  # as if pytest runs in the background
         signal.signal(number, signal.SIG_DFL)
@@ -41,18 +39,8 @@ def gsm8k(split: str, folder: Path = GSM8K) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def note(fault: str, tried: object, recovered: object, lost: object) -> None:
-    """Add a row of the reliability table to the file named by RELIABILITY, if any."""
-    if path := os.environ.get("RELIABILITY"):
-        with open(path, "a") as file:
-            file.write(json.dumps([fault, tried, recovered, lost]) + "\n")
-
-
-def child(argv: list[str], env: dict[str, str], logs: list[str], spare: int | None) -> None:
-    """Run `main(argv)` in a forked process, which can allocate `spare` bytes (None: any)."""
-    if spare:
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + spare, taken + spare))
+def child(argv: list[str], env: dict[str, str], logs: list[str]) -> None:
+    """Run `main(argv)` in a forked process."""
     os.environ.clear()
     os.environ.update(env)
     for number, log in enumerate(logs, 1):
@@ -69,13 +57,13 @@ def child(argv: list[str], env: dict[str, str], logs: list[str], spare: int | No
 class Job:
     """A run of the script in the background, in a forked child."""
 
-    def __init__(self, *flags: object, env: dict | None = None, spare: int | None = None):
+    def __init__(self, *flags: object, env: dict | None = None):
         self.folder = tempfile.TemporaryDirectory()  # gone with the job
         self.logs = [f"{self.folder.name}/{name}" for name in ("out", "err")]
         for path in self.logs:
             Path(path).touch()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_API")}
-        arguments = ([*map(str, flags)], clean | (env or {}), self.logs, spare)
+        arguments = ([*map(str, flags)], clean | (env or {}), self.logs)
         self.process = FORKS.Process(target=child, args=arguments)
         self.process.start()
         self.pid = self.process.pid
@@ -112,28 +100,11 @@ def inspect(file: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def history(file: Path) -> list[dict]:
-    """Return the history rows of one W&B file."""
-    return [r["history"]["item"] for r in inspect(file) if r["type"] == "history"]
-
-
 def wandb_rows(output_dir: Path) -> list[dict]:
     """Return the history rows of a run that was never interrupted: it has one W&B file."""
     (file,) = Path(output_dir, "wandb").glob("*run-*/*.wandb")
-    return history(file)
+    return [r["history"]["item"] for r in inspect(file) if r["type"] == "history"]
 
 
 def series(rows: list[dict], name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
-
-
-def check_steps(rows: list[dict], steps: int) -> None:
-    """Check that steps 1 to `steps` are logged; only the time of one logged again may differ."""
-    logged, first = [row for row in rows if "train/reward" in row], {}
-    for row in logged:
-        seen = first.setdefault(row["train/global_step"], row)
-        assert seen.keys() >= COMPARED and row.keys() >= COMPARED
-        names = [name for name in row if name.startswith(("train/reward", *COMPARED))]
-        assert {name: row[name] for name in names} == {name: seen[name] for name in names}
-    assert sorted(first) == list(range(1, steps + 1))
-    print(f"{len(logged) - steps} of {steps} steps logged again")

@@ -9,12 +9,12 @@ import statistics
 import pandas as pd
 import pytest
 import torch
-from conftest import LAPTOP, ROOT, command, run
+from conftest import LAPTOP, run
 from transformers import AutoModelForCausalLM
 
 import grpo_demo
 from assets import evaluate
-from assets.evaluate import Evaluation, decide, generate, paired_interval, share_interval, summarize
+from assets.evaluate import Evaluation, decide, generate, mean_interval, paired_interval
 from assets.tools import pass_at_k
 from rewards import score
 
@@ -40,29 +40,27 @@ def numbers(interval: dict) -> list[float]:
     return [interval[key] for key in ("value", "low", "high")]
 
 
-@pytest.mark.parametrize(
-    ("before", "control", "after", "verdict", "reasoning"),
-    [
-        ((0.05, 0.6), (0.7, 0.6), (0.98, 0.6), "format", 0),
-        ((0.9, 0.4), (0.9, 0.4), (0.9, 0.7), "reasoning", 0.3),
-        ((0.1, 0.4), (0.5, 0.4), (0.9, 0.7), "format and reasoning", 0.3),
-        ((0.5, 0.4), (0.5, 0.4), (0.5, 0.4), "neither", 0),
-        ((0.1, 0.3), (0.9, 0.6), (0.9, 0.6), "format", 0),  # the better prompt is the control
-        ((0.1, 0.6), (0.9, 0.3), (0.9, 0.6), "format", 0),  # it is that of training
-        ((0.1, 0.8), (0.9, 0.8), (0.99, 0.6), "format", -0.2),  # reasoning was lost
-        ((0.0, 0.6), (0.0, 0.6), (0.98, 0.6, SOFT), "format", 0),  # in soft format only
-    ],
-)
-def test_the_verdict_on_planted_models(before, control, after, verdict, reasoning):
-    rows = {"before": before, "control": control, "after": after}
-    rows = {name: planted(*model[:2], 1, *model[2:]) for name, model in rows.items()}
-    result = decide(**rows)
-    value, low, high = numbers(result["gain"]["reasoning"])
-    assert result["verdict"] == verdict
-    assert low < value < high and low < reasoning < high and (value == 0) == (reasoning == 0)
-    gain = result["gain"]
-    assert gain["strict_accuracy"]["value"] == pytest.approx(value + gain["format"])
-    assert result["best_untrained"] == pytest.approx(max(before[1], control[1]), abs=0.05)
+PLANTED = [  # before, control, after: shares in XML and right; the verdict; due to reasoning
+    ((0.05, 0.6), (0.7, 0.6), (0.98, 0.6), "format", 0),
+    ((0.9, 0.4), (0.9, 0.4), (0.9, 0.7), "reasoning", 0.3),
+    ((0.1, 0.4), (0.5, 0.4), (0.9, 0.7), "format and reasoning", 0.3),
+    ((0.5, 0.4), (0.5, 0.4), (0.5, 0.4), "neither", 0),
+    ((0.1, 0.3), (0.9, 0.6), (0.9, 0.6), "format", 0),  # the better prompt is the control
+    ((0.1, 0.6), (0.9, 0.3), (0.9, 0.6), "format", 0),  # it is that of training
+    ((0.1, 0.8), (0.9, 0.8), (0.99, 0.6), "format", -0.2),  # reasoning was lost
+    ((0.0, 0.6), (0.0, 0.6), (0.98, 0.6, SOFT), "format", 0),  # in soft format only
+]
+
+
+def test_the_verdict_on_planted_models():
+    for before, control, after, verdict, reasoning in PLANTED:
+        rows = {"before": before, "control": control, "after": after}
+        rows = {name: planted(*model[:2], 1, *model[2:]) for name, model in rows.items()}
+        result = decide(**rows)
+        gain, (value, low, high) = result["gain"], numbers(result["gain"]["reasoning"])
+        assert result["verdict"] == verdict
+        assert low < value < high and low < reasoning < high and (value == 0) == (reasoning == 0)
+        assert gain["strict_accuracy"]["value"] == pytest.approx(value + gain["format"])
 
 
 def test_intervals_and_pass_at_k():
@@ -76,7 +74,7 @@ def test_intervals_and_pass_at_k():
     assert 0.93 <= held / 2000 <= 0.97
     assert paired_interval("x", [{"x": False}], [{"x": True}])["high"] == 1
     for k, wanted in {0: (0.0, 0.2775), 5: (0.2366, 0.7634), 10: (0.7225, 1.0)}.items():
-        found = share_interval([{"x": i < k} for i in range(10)], "x")  # Wilson's: published
+        found = mean_interval([i < k for i in range(10)], share=True)  # Wilson's: published
         assert numbers(found) == pytest.approx([k / 10, *wanted], abs=1e-4) and found["n"] == 10
     right = [True, False, False, False, True, True, True, False]  # 1 and 3 of four
     rows = [{"strict_accuracy": r, "lenient_accuracy": True} for r in right]
@@ -84,10 +82,9 @@ def test_intervals_and_pass_at_k():
     values = [found["strict_accuracy"][k]["value"] for k in (1, 2, 4)]
     assert values == pytest.approx([0.5, 0.75, 1]) and found["lenient_accuracy"][1]["value"] == 1
     lengths = [3, 5, 5, 8, 21]
-    rows = [score("", "") | {"truncated": False, "tokens": n} for n in lengths]
     normal = statistics.NormalDist(statistics.fmean(lengths), statistics.pstdev(lengths) / 5**0.5)
     wanted = [normal.mean, normal.inv_cdf(0.025), normal.inv_cdf(0.975)]
-    assert numbers(summarize(rows)["tokens"]) == pytest.approx(wanted, rel=1e-4)
+    assert numbers(mean_interval(lengths)) == pytest.approx(wanted, rel=1e-4)
 
 
 def build(tmp_path, *flags: object, file: dict | None = None, n: int = 12) -> tuple:
@@ -136,23 +133,18 @@ def test_each_backend_generates_the_same(tmp_path):
 
 
 def test_how_a_completion_ends(tmp_path):
+    """What follows the stop token is padding; special tokens are left out of the text."""
     _, trainer = build(tmp_path)
-    tokenizer = trainer.processing_class
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
-    start, tag = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<answer>"])
-    text = tokenizer("3 + 4 = 7")["input_ids"]
-    for tokens, *wanted in [
-        ([*text, END], 1, False),
-        ([*text, END, END, start], 1, False),  # what follows is padding
-        (text, 0, True),
-        ([start, *text, tag], 2, True),
+    text = trainer.processing_class("3 + 4 = 7")["input_ids"]
+    for tokens, length, truncated in [
+        ([*text, END, END, 1], len(text) + 1, False),
+        ([1, *text, 1], len(text) + 2, True),
     ]:
         found = evaluate.read_tokens(trainer, tokens)
-        found["tokens"] -= len(text)
-        assert list(found.values()) == ["3 + 4 = 7", *wanted]
+        assert [*found.values()] == ["3 + 4 = 7", length, truncated]
 
 
-def test_evaluate_is_greedy_and_repeatable(tmp_path):
+def test_evaluate_asks_all_scores_all_and_leaves_random_numbers_alone(tmp_path):
     evaluation, trainer = build(tmp_path / "a", "--per_device_eval_batch_size", 8)
     state = torch.get_rng_state()
     first = evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
@@ -164,9 +156,6 @@ def test_evaluate_is_greedy_and_repeatable(tmp_path):
         assert row["truncated"] is False and row["tokens"] == len(ids) + 1  # and the end of turn
     one_shot = evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
     assert sum(r["strict_format"] for r in one_shot) > sum(r["strict_format"] for r in first)
-    again, trainer = build(tmp_path / "b", "--per_device_eval_batch_size", 5)
-    again = again.evaluate(trainer, "b", one_shot=False)
-    assert [row["completion"] for row in again] == [row["completion"] for row in first]
 
 
 @pytest.mark.parametrize("samples", [0, 2], ids=["greedy", "sampled"])
@@ -186,7 +175,7 @@ def test_answers_are_kept_and_only_missing_ones_are_generated(tmp_path, samples)
         evaluation.make_prompt = make_prompt
         return evaluation.answer(trainer, "x", False, samples)
 
-    file = tmp_path / f"out/evaluation/x{'_sampled' if samples else ''}.parquet"
+    file = tmp_path / "out/evaluation/x.parquet"
     wanted = answer()
     file.unlink()
     stop = 8
@@ -203,64 +192,53 @@ def test_answers_are_kept_and_only_missing_ones_are_generated(tmp_path, samples)
     assert answer()[: 5 * n] == wanted[: 5 * n] and len(asked) == 7 * n
 
 
-@pytest.mark.parametrize("trained", ["zero_shot", "one_shot", None])
-def test_report_and_its_sentences(tmp_path, trained):
+@pytest.mark.parametrize("trained", ["zero_shot", "one_shot"])
+def test_report_and_what_it_shows(tmp_path, trained):
     zero, one, after = planted(0.1, 0.7, 1), planted(0.7, 0.6, 2), planted(0.98, 0.65, 3)
     args, _ = grpo_demo.parse_args([*LAPTOP, "--output_dir", str(tmp_path)])
     evaluation = Evaluation(args, "assets/tiny", None, None)
     evaluation.answers = {"before_zero_shot": zero, "before_one_shot": one}
-    evaluation.answers |= {f"after_{trained}": after} if trained else {}
+    evaluation.answers[f"after_{trained}"] = after
     result = evaluation.report()
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     measured = result["measurements"]
-    assert measured == {name: summarize(rows) for name, rows in evaluation.answers.items()}
-    if not trained:
-        assert list(result) == ["settings", "measurements"]
-        return
+    for name, rows in evaluation.answers.items():
+        shares = [mean_interval([row[x] for row in rows], True) for x in evaluate.MEASURES[:-1]]
+        assert [*measured[name].values()][:-1] == shares
     before, control = (zero, one) if trained == "zero_shot" else (one, zero)
     assert decide(before=before, control=control, after=after).items() <= result.items()
 
-    def went(column: str, gain: str, start: str = f"before_{trained}") -> list[float]:
-        shares = [measured[name][column]["value"] for name in (start, f"after_{trained}")]
-        return [*shares, *numbers(result["gain"][gain])]
-
-    shot = measured["before_one_shot"]["strict_accuracy"]["value"]
-    formats = [*went("soft_format", "soft_format"), *went("strict_format", "strict_format")]
-    wanted = [
-        [*went("strict_accuracy", "strict_accuracy"), shot],
-        went("lenient_accuracy", "reasoning", "before_zero_shot"),  # the better one
-        [result["gain"]["format"], *formats],
-    ]
-    assert evaluate.explain(result, measured) == result["sentences"]
-    for sentence, values in zip(result["sentences"], wanted, strict=True):
-        found = [float(number) for number in re.findall(r"[-+]?\d+\.\d", sentence)]
+    gain = result["gain"]
+    wanted = [numbers(gain[name]) for name in (*evaluate.GAINS, "reasoning")]
+    for line, values in zip(evaluate.show(result).splitlines()[-4:], wanted, strict=True):
+        found = [float(number) for number in re.findall(r"[-+]?\d+\.\d", line)]
         assert found == pytest.approx([100 * value for value in values], abs=0.051)
 
 
-def test_every_file_is_written_and_read_as_utf_8(tmp_path):
-    """In a locale that knows ASCII only; with this warning Python tells of each other file."""
-    env = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    flags = ["--report_to", "none", "--run_name", "größe-模型", "--output_dir", tmp_path]
-    flags += ["--max_steps", 1, "--eval_samples", 4, "--eval_generations", 2]
-    done = command(*LAPTOP, *flags, env=env | {"PYTHONWARNDEFAULTENCODING": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not re.findall(rf"^{ROOT}/(?!\.venv/).* EncodingWarning.*", done.stderr, re.M)
-    assert "größe-模型" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "pass" in json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+ALONE = """--report_to none --save_strategy no --beta 0 --max_steps 2 --num_generations 4
+    --per_device_train_batch_size 16 --max_completion_length 32 --eval_samples 36"""
+WAYS = {
+    "plain": "--use_peft --evaluate False",
+    "evaluated": "--use_peft --per_device_eval_batch_size 64",
+    "bf16": "--bf16 True --learning_rate 0",
+}
 
 
-def test_evaluation_while_training_leaves_training_alone(tmp_path, monkeypatch):
-    """20 questions, of which 16 fill a batch of 64; every completion of training is kept."""
-    flags = [*LAPTOP, "--report_to", "none", "--max_steps", 2, "--eval_samples", 20, "--beta", 0]
-    flags += ["--use_peft", "--per_device_eval_batch_size", 64]
-    curve = ("--eval_strategy", "steps", "--eval_steps", 1, "--num_generations_eval", 4)
-    for name, more in (("plain", ()), ("curve", curve)):
-        done = run(*flags, *more, "--output_dir", tmp_path / name)
+def test_an_evaluation_leaves_training_alone_and_has_its_precision(tmp_path, monkeypatch):
+    """At learning rate 0, after is before, in bf16 over float32 too."""
+    for name, more in WAYS.items():
+        done = run(*LAPTOP, *ALONE.split(), *more.split(), "--output_dir", tmp_path / name)
         assert done.returncode == 0, done.stderr[-2000:]
     for step in ("00001", "00002"):
         file = f"completions/completions_{step}.parquet"
-        plain, curve = (pd.read_parquet(tmp_path / name / file) for name in ("plain", "curve"))
-        assert len(plain) == 64 and plain.equals(curve)
-    assert "16 of 20" in done.stderr
+        plain, other = (pd.read_parquet(tmp_path / name / file) for name in [*WAYS][:2])
+        assert len(plain) == 16 and plain.equals(other)
+    assert not (tmp_path / "plain/evaluation.json").exists()
+    files = [f"bf16/evaluation/{when}_zero_shot.parquet" for when in ("before", "after")]
+    before, after, float32 = (
+        pd.read_parquet(tmp_path / file)["completion"]
+        for file in (*files, files[0].replace("bf16", "evaluated"))
+    )
+    assert before.equals(after) and not before.equals(float32)  # the precision shows
     monkeypatch.chdir(tmp_path)  # the adapter finds its base from anywhere
-    assert AutoModelForCausalLM.from_pretrained("curve").num_parameters()
+    assert AutoModelForCausalLM.from_pretrained("evaluated").num_parameters()

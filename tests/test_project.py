@@ -4,12 +4,11 @@ import ast
 import importlib.metadata
 import inspect
 import json
-import os
 import pydoc
 import re
+import string
 import subprocess
 import sys
-import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,29 +55,18 @@ def test_a_check_passes(check):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_pins_are_what_is_installed_and_what_uv_reads():
-    """The regular expression is that of PEP 723."""
+def test_pins_are_what_is_installed():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and line[0] != "#"]
     assert any(pin.startswith("trl==") for pin in pins)
     for name, version in (pin.split("==") for pin in pins):
         assert importlib.metadata.version(name).split("+")[0] == version
-    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
-    (found,) = re.finditer(block, TEXTS["grpo_demo"])
-    metadata = tomllib.loads(re.sub(r"(?m)^# ?", "", found["content"]))
-    assert (found["type"], metadata["dependencies"]) == ("script", pins)
-    assert metadata["requires-python"] == ">=3.11"
 
 
 def test_the_top_level_has_its_agreed_shape_and_ci_runs_readmes_test_command():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    top = {path.split("/")[0] for path in listed.stdout.splitlines() if not path.startswith(".")}
-    files = {"grpo_demo.py", "rewards.py", "requirements.txt", "README.md", "LICENSE"}
-    assert top <= files | {"assets", "tests", "findings"}
-    for path in ROOT.glob("findings/*"):
-        text = path.read_text(encoding="utf-8")
-        assert path.suffix == ".sh" and os.access(path, os.X_OK) and "mktemp -d" in text, path
-        assert re.search(r"'[\w-]+==[\d.]+'", text), f"{path}: pins no package"
+    listed = subprocess.check_output(["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, text=True)
+    top = "grpo_demo.py rewards.py requirements.txt README.md LICENSE assets tests findings"
+    assert {name for name in listed.split() if name[0] != "."} <= {*top.split()}
     (line,) = re.findall(r"<!-- tests -->\n```bash\n(.*)\n```", README)
     assert line.endswith("python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests")
     assert "README.md" in (ROOT / ".ci/run").read_text(encoding="utf-8")
@@ -97,13 +85,9 @@ def test_the_pages_are_short_and_every_link_resolves():
     assert len(README.splitlines()) <= 200 and len(README.encode()) <= 16_000
     assert len(README.partition("python grpo_demo.py --config")[0].split()) <= 300
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    anchors = {  # as GitHub makes them
-        page: {
-            re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-            for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        }
-        for page, text in texts.items()
-    }
+    titles = {page: re.findall(r"(?m)^#+ (.*)$", text.lower()) for page, text in texts.items()}
+    clean = str.maketrans(" ", "-", string.punctuation.translate({ord("-"): None, ord("_"): None}))
+    anchors = {page: {t.translate(clean) for t in titles[page]} for page in PAGES}  # as GitHub's
     for page, text in texts.items():
         assert page == PAGES[0] or len(text.splitlines()) <= 120, page
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -141,13 +125,16 @@ def own_imports(tree: ast.AST) -> set[str]:
 
 def test_a_run_needs_seven_modules_in_layers_and_all_code_is_short():
     run, above = set().union(*LAYERS), {"rewards"}  # whose list the settings check
-    tools = {"assets.tools.memory", "assets.tools.pass_at_k"}  # imported in a function
+    tools = {"assets.tools.pass_at_k"}  # imported in a function
     for layer in LAYERS:
         assert all(own_imports(TREES[name]) - tools <= above for name in layer)
         above |= layer
     assert set().union(*(own_imports(TREES[name]) for name in run)) | {"grpo_demo"} == run | tools
     length = {name: len(text.splitlines()) for name, text in TEXTS.items()}
-    assert len(run) == 7 and sum(length[name] for name in run) <= 1800
+    assert len(run) == 7 and sum(length[name] for name in run) <= 1500
+    assert length["grpo_demo"] <= 370
+    tests = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py")]
+    assert sum(len(text.splitlines()) for text in tests) <= 3000
     assert sum(n for name, n in length.items() if name.startswith("assets.research")) <= 1000
     for name, tree in TREES.items():
         for node in ast.walk(tree):
@@ -178,13 +165,15 @@ def test_private_names_are_in_the_notes_and_in_the_installed_versions():
         listed = {part for name, where in PRIVATE if where == file for part in name.split(".")}
         private = {name for name in used if name.startswith("_") and not name.startswith("__")}
         assert private <= listed, f"{file}: add {private - listed} to assets/notes/differences.md"
-        for name, where in PRIVATE:
-            assert where != file or name.split(".")[-1] in TEXTS[module], f"{file}: {name}"
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_a_card_changes_only_what_memory_needs_and_leaves_a_tenth_free(path):
-    """vLLM gets its share of the card; the file and the notes state the estimate."""
+    """vLLM gets its share of the card; the file and the notes state the estimate.
+
+    In full fine-tuning each layer takes as much: two and three tell of all. With LoRA, few layers
+    have their peak in another phase.
+    """
     here = ["--use_cpu", "True", "--use_vllm", "False"]  # the tests have no GPU and no vLLM
     args, model_args = parse_args(["--config", str(path), *here])
     card, default = (asdict(a) | asdict(b) for a, b in ((args, model_args), parse_args(here)))
@@ -194,8 +183,14 @@ def test_a_card_changes_only_what_memory_needs_and_leaves_a_tenth_free(path):
     assert changed <= MEMORY | ({"learning_rate"} if card["use_peft"] else set())
     assert card["per_device_train_batch_size"] * card["gradient_accumulation_steps"] == 64
     assert (card["generation_batch_size"], card["num_generations"]) == (64, 16)
-    own = [args.gradient_checkpointing], [args.per_device_train_batch_size]
-    ((_, _, peak),) = memory.peaks(Qwen2Config(**memory.QWEN), args, model_args, *own)
+    own, every = (args.gradient_checkpointing, args.per_device_train_batch_size), 28
+    layers, found = [every] if card["use_peft"] else [2, 3], []
+    for n in layers:
+        config = Qwen2Config(**memory.QWEN | {"num_hidden_layers": n})
+        found += memory.peaks(config, args, model_args, *([value] for value in own))
+    (*_, few), (*_, more) = found[0], found[-1]
+    rest = every - layers[0]
+    peak = {phase: few[phase] + rest * (more[phase] - few[phase]) for phase in few}
     vllm = values.get("use_vllm", False) * args.vllm_gpu_memory_utilization * size
     top = max(peak.values()) / 1e9 + vllm
     assert size in memory.CARDS and top <= memory.USABLE * size
@@ -205,34 +200,6 @@ def test_a_card_changes_only_what_memory_needs_and_leaves_a_tenth_free(path):
     assert row.endswith(f"| {top:.1f} | {1 - top / size:.0%} |")
 
 
-def test_a_record_has_each_step_of_a_killed_run_once(tmp_path, monkeypatch):
-    """Killed in step 4, resumed at step 2, killed in step 5: without timers of what was cut off."""
-
-    def step(number: int, seconds: float, reward: float) -> list[dict]:
-        times = [("generate", seconds), ("loss", seconds / 2), ("loss", seconds / 4)]
-        rows = [{f"profiling/Time taken: GRPOTrainer.{name}": time} for name, time in times]
-        return [*rows, {"train/global_step": number, "train/reward": reward}]
-
-    first = [row for n in (1, 2, 3) for row in step(n, n, n / 10)] + step(4, 4, 0)[:2]
-    second = [row for n in (3, 4) for row in step(n, 10 * n, n)] + step(5, 50, 0)[:1]
-    files = {}
-    for name, rows in (("1", first), ("2", second)):
-        file = tmp_path / f"wandb/offline-run-{name}-x/run-x.wandb"
-        file.parent.mkdir(parents=True)
-        file.touch()
-        timed = [row | {"_runtime": float(i)} for i, row in enumerate(rows, 1)]
-        files[file] = timed, {"args": name}
-    monkeypatch.setattr(record, "read_wandb", files.get)
-    metrics, timers, started = record.collect(tmp_path)
-    assert [m["global_step"] for m in metrics] == [1, 2, 3, 4]
-    assert [m["reward"] for m in metrics] == [0.1, 0.2, 3, 4]
-    assert [m["runtime"] for m in metrics] == [4, 8, 14 + 4, 14 + 8]  # the clock goes on
-    assert (started["resumed"], started["args"], started["seconds"]) == (1, "1", 14 + 9)
-    assert timers["generate"] == [1, 2, 30, 40]
-    assert timers["loss"] == [0.5, 0.25, 1, 0.5, 15, 7.5, 20, 10]
-
-
-@pytest.mark.parametrize("name", benchmark.MAINS)
-def test_the_benchmark_times_the_bare_trainer_and_the_script(name):
-    seconds, split = benchmark.run(name, f"{benchmark.LAPTOP} 3")
-    assert 0 < split["five rewards"] < split["generate"] < 3 * seconds
+def test_the_benchmark_times_trls_own_trainer():
+    seconds, split = benchmark.run("bare", f"{benchmark.LAPTOP} 2")
+    assert 0 < split["five rewards"] < split["generate"] < 2 * seconds

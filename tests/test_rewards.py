@@ -2,21 +2,16 @@
 
 import asyncio
 import contextlib
-import functools
 import io
 import json
 import math
-import random
 import re
-import shutil
-import subprocess
-import sys
 import time
 import timeit
 from fractions import Fraction
 
 import pytest
-from conftest import ROOT, gsm8k, needs_gsm8k, note
+from conftest import ROOT, gsm8k, needs_gsm8k
 from gist_rewards import REWARD_FUNCS as GIST
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,70 +47,58 @@ def test_names_order_and_alias():
     assert all_five(PERFECT) == [0.5, 0.5, 0.5, 0.5, 2.0]
 
 
-XMLCOUNT = {
-    "<reasoning>\n<reasoning>\n": 0.0,  # exactly once
-    "x\n<answer>\n": 0.125 - 0.001 * 11,  # no closing tag: the whole text is charged
-    "x\n<answer>\n5\n</answer>\nabc": 0.25 - 0.003 - 0.003,  # charged twice
-    PERFECT[:-1]: 0.5 - 0.001 * len(PERFECT[:-1]) + 0.001,  # no final newline: all is charged
-    PERFECT.replace("because", "x" * 2000)[:-1]: 0.5 - 2.047 + 0.001,  # right, far below zero
+LONG = PERFECT.replace("because", "x" * 2000)[:-1]  # no final newline: all is charged
+BARE = "<reasoning>a</reasoning>"
+FIVE = {  # xmlcount, soft, strict, int, extracted answer
+    "<reasoning>\n<reasoning>\n": (0, 0, 0, 0, "<reasoning>\n<reasoning>"),  # exactly once
+    "x\n<answer>\n": (0.125 - 0.011, 0, 0, 0, ""),  # no closing tag: the whole text is charged
+    "x\n<answer>\n5\n</answer>\nabc": (0.25 - 0.006, 0, 0, 0.5, "5"),  # charged twice
+    PERFECT[:-1]: (0.5 - 0.001 * len(PERFECT) + 0.002, 0.5, 0, 0.5, "18"),
+    LONG: (0.5 - 2.046, 0.5, 0, 0.5, "18"),  # right, but far below zero
+    PERFECT.replace("because", "two\nlines\n\nof it"): (0.5, 0.5, 0.5, 0.5, "18"),
+    PERFECT + "\n": (0.498, 0.5, 0.5, 0.5, "18"),  # `$` matches before a last newline
+    PERFECT + "more": (0.492, 0.5, 0, 0.5, "18"),
+    "\n" + PERFECT: (0.5, 0, 0, 0.5, "18"),  # from the very beginning
+    f"{BARE} so <answer>b</answer>": (0, 0, 0, 0, "b"),
+    f"{BARE} no </reasoning><answer>b</answer>": (0, 0.5, 0, 0, "b"),
+    "18": (0, 0, 0, 0.5, "18"),  # no tag: the whole text
+    "<answer>1</answer><answer>2</answer>": (0, 0, 0, 0.5, "2"),  # the last one wins
+    "<answer>7": (0, 0, 0, 0.5, "7"),  # never closed
+    "<answer> -3 </answer> 8": (0, 0, 0, 0, "-3"),
+    "<answer>²</answer>": (0, 0, 0, 0.5, "²"),  # str.isdigit knows unicode
+    "": (0, 0, 0, 0, ""),
 }
 
 
-@pytest.mark.parametrize(("text", "value"), XMLCOUNT.items())
-def test_xmlcount(text, value):
-    assert rewards.count_xml(text) == pytest.approx(value, abs=1e-12)
-
-
-FORMATS = {  # soft, strict
-    PERFECT.replace("because", "two\nlines\n\nof it"): (0.5, 0.5),  # the dot matches newlines
-    PERFECT[:-1]: (0.5, 0.0),
-    PERFECT + "\n": (0.5, 0.5),  # `$` matches before a last newline
-    PERFECT + "more": (0.5, 0.0),
-    "\n" + PERFECT: (0.0, 0.0),  # from the very beginning
-    "<reasoning>a</reasoning> so <answer>b</answer>": (0.0, 0.0),
-    "<reasoning>a</reasoning> no </reasoning><answer>b</answer>": (0.5, 0.0),
-}
-
-
-@pytest.mark.parametrize(("text", "values"), FORMATS.items())
-def test_formats(text, values):
-    assert tuple(all_five(text)[1:3]) == values
-
-
-EXTRACTED = {  # answer, int
-    "18": ("18", 0.5),  # no tag: the whole text
-    "<answer>1</answer><answer>2</answer>": ("2", 0.5),  # the last one wins
-    "<answer>7": ("7", 0.5),  # never closed
-    "<answer> -3 </answer> 8": ("-3", 0.0),
-    "<answer>²</answer>": ("²", 0.5),  # str.isdigit knows unicode
-    "": ("", 0.0),
-}
-
-
-@pytest.mark.parametrize(("text", "values"), EXTRACTED.items())
-def test_extract_int_and_correctness(text, values):
-    answer = rewards.extract_xml_answer(text)
-    assert (answer, all_five(text)[3]) == values
-    assert all_five(text, answer)[4] == 2.0
-    assert all_five(text, answer + " ")[4] == 0.0  # exact string
+def test_the_five_rewards():
+    for text, (*values, answer) in FIVE.items():
+        assert rewards.extract_xml_answer(text) == answer
+        assert all_five(text, answer) == pytest.approx([*values, 2.0], abs=1e-12), text
+        assert all_five(text, answer + " ")[4] == 0.0  # exact string
     golds = {"a\n#### 18": "18", "#### $1,234": "1234", "none": None, "#### 1 #### 2": "1"}
     assert {text: rewards.extract_hash_answer(text) for text in golds} == golds
 
 
-PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "18", "-3", "x"]
-PIECES += ["²", "\ud800", "\u2028", "\x1c"]
-TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=24).map("".join)
+# Parts of hostile texts
+TAGS = "<reasoning>|</reasoning>|<answer>|</answer>|⏎| |=|+|1|1,|.|/|$|-|x|\ud800|1+|1,000,|1 234 "
+NUMBERS = r"|1 1/|\frac{1|^{1|9{,}|1e|1'|\,| -|$-|½|m2|9 x |1 a + |1 and |(|\boxed{|\boxed{{"
+NUMBERS += "|####|#### 1|\u2028|\x1c|²|18|-3"
+MARKS = "|#### |answer |answer is |answer⏎|the answer is 1 = |</reasoning> <answer>|⏎</answer>⏎"
+UNITS = (TAGS + NUMBERS + MARKS).replace("⏎", "\n").split("|")
+PIECES = st.one_of(st.sampled_from(UNITS[:9]), st.sampled_from(UNITS), st.text(max_size=4))
+TEXTS = st.lists(PIECES, max_size=24).map("".join)
 PARTS = [*PERFECT.replace("\n", " \n ").split(" "), "\n", "18"]
 NEAR = st.lists(st.sampled_from(PARTS), max_size=14).map("".join)
 CUT = st.integers(0, 60).map(lambda i: PERFECT[:i] + PERFECT[i + 1 :])
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.one_of(TEXTS, NEAR, CUT), st.sampled_from(["18", "x", ""]))
 def test_equal_to_the_gist(text, gold):
     found = all_five(text, gold)
     with contextlib.redirect_stdout(io.StringIO()):  # the gist prints a sample
         assert found == all_five(text, gold, GIST)
+    assert all(value in (True, False) for value in rewards.score(text, gold).values())
 
 
 # --- strict and lenient accuracy
@@ -138,10 +121,11 @@ NO_NUMBER += " | 2024-01-04 | 1/2/4"
 WRONG = ["0", "4", "10", "000", "2", "30", "3", "1", "18", "5", "1/2"]  # parts of those
 
 
-@pytest.mark.parametrize("form", [*NO_NUMBER.split(" | "), "9" * 60])
-def test_what_is_no_number_is_not_read_in_part(form):
-    for text in (form, f"The answer is {form}", f"<answer>{form}</answer>", f"#### {form}"):
-        assert final_number(text) and as_number(final_number(text)) is None
+def test_what_is_no_number_is_not_read_in_part():
+    frames = ("{}", "The answer is {}", "<answer>{}</answer>", "#### {}")
+    forms = [*NO_NUMBER.split(" | "), "9" * 60]
+    for text in [frame.replace("{}", form) for form in forms for frame in frames]:
+        assert final_number(text) and as_number(final_number(text)) is None, text
         assert not any(is_lenient_correct(text, gold) for gold in WRONG), text
 
 
@@ -164,9 +148,8 @@ MARKED = {
 }
 
 
-@pytest.mark.parametrize(("text", "number"), MARKED.items())
-def test_a_marked_answer_comes_before_the_last_number(text, number):
-    assert as_number(final_number(text)) == number
+def test_a_marked_answer_comes_before_the_last_number():
+    assert {text: as_number(final_number(text)) for text in MARKED} == MARKED
 
 
 def test_gold_numbers():
@@ -193,21 +176,13 @@ AFTER = ["", ".", "!", ",", "\n", " in all.", "\n</answer>\n", "; that is all"]
 SIGNED = [(sign, mark) for sign in SIGNS for mark in SIGNS[sign]]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(*map(st.sampled_from, (SIGNED, list(WRITTEN.items()), BEFORE, AROUND, UNIT, AFTER)))
 def test_a_number_is_read_back_from_any_form(sign, written, before, around, unit, after):
     text = before + around.format(sign[1] + written[0]) + unit + after
     value = Fraction(sign[0] + written[1])
     assert as_number(final_number(text)) == value
     assert is_lenient_correct(text, str(value)) and not is_lenient_correct(text, str(value + 1))
-
-
-@settings(max_examples=1000, deadline=None)
-@given(st.text(), st.text(), st.text())
-def test_lenient_wherever_strict(before, gold, after):
-    gold, after = gold.replace("<", "").strip(), after.replace("<", "")
-    for text in (f"{before}<answer>{gold}</answer>{after}", PERFECT.replace("18", gold) + after):
-        assert is_strict_correct(text, gold) and is_lenient_correct(text, gold)
 
 
 @needs_gsm8k
@@ -231,35 +206,6 @@ def texts_of(completions: list) -> list[str]:
     return [c[0]["content"] for c in completions]
 
 
-def test_the_command_prints_what_each_example_earns():
-    alone = [sys.executable, "-I", "-S", "rewards.py"]  # no project, no installed package
-    done = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, check=True)
-    head, *blocks = done.stdout.strip().split("\n\n")
-    assert head.split()[3:] == ["xmlcount", "soft", "strict", "int", "correct", "sum"]
-    for block, (name, text, comment) in zip(blocks, rewards.EXAMPLES, strict=True):
-        values, (cells, why, shown) = all_five(text), block.splitlines()
-        assert cells.startswith(f"{name:>17}") and comment in why and shown.strip() == repr(text)
-        assert cells[17:].split() == [f"{value:.3f}" for value in [*values, sum(values)]]
-        assert max(map(len, (cells, why, shown))) <= 80
-
-
-FAILS = {"return [1.0]": "ValueError", "raise KeyError('x')": "RuntimeError"}
-FAILS |= {"return [int(c[0]['content']) for c in completions]": "RuntimeError"}
-
-
-@pytest.mark.parametrize(("body", "error"), FAILS.items())
-def test_the_command_with_a_reward_that_fails(tmp_path, body, error):
-    shutil.copy(ROOT / "rewards.py", tmp_path)
-    before, last = (tmp_path / "rewards.py").read_text(encoding="utf-8").split("\nif __name__")
-    mine = f"\ndef mine(completions, **kwargs):\n    {body}\n\n\nREWARD_FUNCS.append(mine)\n"
-    (tmp_path / "rewards.py").write_text(f"{before}{mine}\nif __name__{last}", encoding="utf-8")
-    command = [sys.executable, "rewards.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    *lines, last = done.stderr.splitlines()
-    assert done.returncode == 1 and last.startswith(f"{error}: mine ") and not done.stdout
-    assert (f"    {body}" in lines) == (error == "RuntimeError")  # the user's own traceback
-
-
 def too_short(completions, **kwargs):
     return [1.0 for text in texts_of(completions) if "<reasoning>" in text]
 
@@ -269,57 +215,32 @@ async def awaited_text(completions, **kwargs):
     return [1.0 if text.endswith("\n") else "a line\nand more" for text in texts_of(completions)]
 
 
-WRONG_TYPES = [
-    lambda completions, **kwargs: 1.0,
-    lambda completions, **kwargs: "1" * len(completions),
-    lambda completions, **kwargs: dict(enumerate(completions)),
-    too_short,
-    awaited_text,
+FAULTY = [
+    (lambda completions, **kwargs: 1.0, ValueError),
+    (lambda completions, **kwargs: "1" * len(completions), ValueError),
+    (lambda completions, **kwargs: dict(enumerate(completions)), ValueError),
+    (too_short, ValueError),
+    (awaited_text, ValueError),
+    (lambda completions, **kwargs: list(map(int, texts_of(completions))), RuntimeError),
 ]
 
 
-@pytest.mark.parametrize("reward", WRONG_TYPES)
-def test_a_reward_that_returns_no_numbers_is_named(reward):
-    with pytest.raises(ValueError) as raised:
-        rewards.try_rewards([*REWARD_FUNCS, reward])
-    message = str(raised.value)
-    assert reward.__name__ in message and "\n" not in message
+def test_a_reward_that_fails_or_returns_no_numbers_is_named():
+    for reward, kind in FAULTY:
+        with pytest.raises(kind) as raised:
+            rewards.try_rewards([*REWARD_FUNCS, reward])
+        message, cause = str(raised.value), raised.value.__cause__
+        assert reward.__name__ in message and "\n" not in message
+        assert (cause is None) == (kind is ValueError)  # else the user's own traceback
 
 
-class Judge:
-    def __call__(self, completions, **kwargs):
-        return tuple(range(len(completions)))
-
-
-async def awaited(completions, answer, **kwargs):
-    await asyncio.sleep(0)
-    return [float(gold in text) for text, gold in zip(texts_of(completions), answer, strict=True)]
-
-
-def compares(completions, prompts, question, trainer_state, log_extra, log_metric, **kwargs):
-    lengths = [len(text) / (1 + trainer_state.global_step) for text in texts_of(completions)]
-    log_extra("length", lengths)
-    log_metric("length", 1.0)
-    assert [prompt[-1]["content"] for prompt in prompts] == question
-    return [length == sorted(lengths)[1] for length in lengths]  # at least two completions
-
-
-def odd_numbers(completions, **kwargs):
-    return [None, math.nan, -math.inf, Fraction(1, 2), True, 3, 0.5][-len(completions) :]
-
-
-def test_rewards_that_trl_accepts(monkeypatch, capsys):
-    good = [rewards.lenient_accuracy, awaited, compares, functools.partial(odd_numbers), Judge()]
-    assert list(rewards.try_rewards(good))[-2:] == ["odd_numbers", "Judge"]
-    monkeypatch.setattr(rewards, "REWARD_FUNCS", good[-2:])  # two columns
+def test_a_reward_may_log_and_return_odd_numbers(monkeypatch, capsys):
+    odd = [None, math.nan, -math.inf, Fraction(1, 2), True, 3, 0.5]
+    monkeypatch.setattr(rewards, "REWARD_FUNCS", [rewards.lenient_accuracy, lambda **kwargs: odd])
     rewards.main()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[:17].strip()]
-    assert lines[0].split()[3:] == ["odd_numb", "Judge", "sum"]
-    assert lines[1].split()[1:] == ["0.000", "0.000", "0.000"]  # None counts as 0
-    assert lines[-3].split()[2:] == ["0.500", "6.000", "6.500"]
-
-
-# --- logging accuracy
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:17].strip()]
+    shown = " ".join(line[-2] for line in lines[1::3])
+    assert shown == "0.000 nan -inf 0.500 1.000 3.000 0.500"
 
 
 def test_accuracy_is_logged():
@@ -330,52 +251,32 @@ def test_accuracy_is_logged():
     right = rewards.lenient_accuracy(**given, question=list("abcd"), trainer_state=None)
     assert right == [1.0, 1.0, 1.0, 0.0] and all(isinstance(value, float) for value in right)
     assert metrics == {"accuracy/strict": 0.5, "accuracy/lenient": 0.75}
-    assert list(extra) == ["question", "text", "gold", "extracted"]
-    assert extra["question"] == list("abcd") and extra["gold"] == ["18"] * 4
-    assert extra["text"] == texts and extra["extracted"] == ["18", "so 18", "18", "so 19"]
+    wanted = {"question": list("abcd"), "text": texts, "gold": ["18"] * 4}
+    assert extra == wanted | {"extracted": ["18", "so 18", "18", "so 19"]}
 
 
 # --- hostile texts
 
-TAGS = "<reasoning>|</reasoning>|<answer>|</answer>|⏎| |=|+|1|1,|.|/|$|-|x|\ud800|1+|1,000,|1 234 "
-NUMBERS = r"|1 1/|\frac{1|^{1|9{,}|1e|1'|\,| -|$-|½|m2|9 x |1 a + |1 and |(|\boxed{|\boxed{{"
-NUMBERS += "|####|#### 1"
-MARKS = "|#### |answer |answer is |answer⏎|the answer is 1 = |</reasoning> <answer>|⏎</answer>⏎"
-UNITS = (TAGS + NUMBERS + MARKS).replace("⏎", "\n").split("|")
 STARTS = ["", "<reasoning>", "<reasoning>\n", "<reasoning>\na\n</reasoning>\n<answer>\n"]
 
 
-def everything(texts: list[str], golds: list[str]) -> None:
-    """Give texts to all rewards and scores; what they return must be of the right kind."""
-    for function in REWARD_FUNCS:
-        values = function(**batch(texts, golds))
-        assert all(isinstance(value, float) and abs(value) < 1e6 for value in values)
-    for text, gold in zip(texts, golds, strict=True):
-        assert all(value in (True, False) for value in rewards.score(text, gold).values())
-        rewards.extract_hash_answer(text)
-
-
-def test_hostile_texts_never_raise():
-    rng, some = random.Random(0), 500
-    for _ in range(100):
-        texts = ["".join(rng.choices(UNITS, k=rng.randrange(60))) for _ in range(some)]
-        everything(texts, ["18"] * some)
-        codes = (rng.choices(range(0x3000), k=rng.randrange(40)) for _ in range(some))
-        everything(["".join(map(chr, code)) for code in codes], texts)
-    tried = f"{100 * 2 * some:,}"
-    note("hostile completions given to all rewards and measures", tried, tried, "0 exceptions")
+def everything(text: str) -> None:
+    """Give a text to all rewards and scores."""
+    all_five(text)
+    rewards.score(text, "18")
+    rewards.extract_hash_answer(text)
 
 
 def seconds(text: str, rounds: int = 1) -> float:
     """Return the processor time that everything takes with the text, in the fastest round."""
     clock = {"timer": time.process_time, "number": 1, "repeat": rounds}
-    return min(timeit.repeat(lambda: everything([text], ["18"]), **clock))
+    return min(timeit.repeat(lambda: everything(text), **clock))
 
 
 def test_hostile_texts_take_linear_time():
     """Twice the text takes twice the time; with a quadratic rule it would be four times."""
-    repeated = [(start, unit * (20_000 // len(unit))) for start in STARTS for unit in UNITS]
-    for start, units in sorted(repeated, key=lambda parts: seconds("".join(parts)))[-5:]:
-        once, twice = seconds(start + units, 5), seconds(start + units * 2, 5)
+    pairs = [(start, unit * (5_000 // len(unit))) for start in STARTS for unit in UNITS]
+    for start, units in sorted(pairs, key=lambda pair: seconds("".join(pair)))[-5:]:
+        once, twice = (seconds(start + units * times, 5) for times in (4, 8))
         print(f"{units[:40]!r}: {twice:.4f} s, {twice / once:.2f} x half of it")
         assert twice / once < 3

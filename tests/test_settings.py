@@ -1,19 +1,15 @@
 """The gist's settings, pinned; constants = YAML = flags; what is refused, and how soon."""
 
 import dataclasses
-import json
 import resource
 import shlex
 import subprocess
 import sys
-from types import UnionType
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
 from conftest import LAPTOP, ROOT, command
-from transformers import HfArgumentParser
 from trl import ModelConfig
 
 import grpo_demo
@@ -41,15 +37,24 @@ MODEL = {  # with the gist's LoRA adapter, which is off by default
     **{"lora_task_type": "CAUSAL_LM", "attn_implementation": None},
     "lora_target_modules": [f"{part}_proj" for part in ("q", "k", "v", "o", "up", "down", "gate")],
 }
-KINDS = get_type_hints(DemoConfig) | get_type_hints(ModelConfig)
-FIELDS = {f.name: f for c in (DemoConfig, ModelConfig) for f in dataclasses.fields(c) if f.init}
-ODD = {"parallelism_config", "liger_kernel_config", "debug"}  # set in Python, or read as an Enum
-CHOICES = settings.CHOICES | dict.fromkeys(
-    ("logging_strategy", "eval_strategy", "save_strategy"), "epoch"
-)
-CHOICES |= {"hub_strategy": "end", "lr_scheduler_type": "constant", "optim": "sgd"}
-CHOICES |= {"trackio_static_space_id": "a"}
-REFUSED = settings.NOT_SUPPORTED.split()
+VALUES = [  # a setting, its flag (values split at |), in YAML or as a constant, as read
+    ("run_name", "2024-01-01", "2024-01-01", "2024-01-01"),
+    ("project", "x=y -z", "x=y -z", "x=y -z"),
+    ("hub_model_id", "7", "7", "7"),
+    ("learning_rate", "1e-5", "1e-5", 1e-5),
+    ("eval_steps", "0.25", "0.25", 0.25),
+    ("seed", "7", "7", 7),
+    ("evaluate", "False", "no", False),
+    ("use_peft", "True", "true", True),
+    ("report_to", "none", "none", []),
+    ("loss_type", "dapo", "dapo", "dapo"),
+    ("attn_implementation", "eager", "eager", "eager"),
+    ("reward_weights", "1e-1|2|3|4|-1e-5", "[1e-1, 2, 3, 4, -1e-5]", [0.1, 2, 3, 4, -1e-5]),
+    ("lora_target_modules", "a|b c", "[a, b c]", ["a", "b c"]),
+    ("generation_kwargs", '{"temperature": 1}', "{temperature: 1}", {"temperature": 1.0}),
+    ("chat_template_kwargs", '{"a": ["1", true]}', "{a: ['1', true]}", {"a": ["1", True]}),
+]
+FIELDS = {f.name for c in (DemoConfig, ModelConfig) for f in dataclasses.fields(c) if f.init}
 
 
 def test_the_defaults_are_the_gists():
@@ -60,84 +65,43 @@ def test_the_defaults_are_the_gists():
 
 def test_names_from_the_sources_are_those_of_the_classes():
     names = settings.read_names(grpo_demo.__file__)
-    assert names.keys() == FIELDS.keys() and sum(map(bool, names.values())) > 200  # with help
+    assert names.keys() == FIELDS and sum(map(bool, names.values())) > 200  # with help
     constants = {name.lower() for name in vars(grpo_demo) if name.isupper()}
-    others = {
-        "system_prompt",
-        "xml_cot_format",
-        "one_shot_question",
-        "one_shot_reasoning",
-        "reserved",
-    }
-    assert constants - names.keys() == others
+    others = "system_prompt xml_cot_format one_shot_question one_shot_reasoning reserved"
+    assert constants - names.keys() == {*others.split()}
 
 
-def sample(name: str) -> object:
-    """Return a value of a setting that is not its default."""
-    default = FIELDS[name].default
-    kinds = get_args(KINDS[name]) if isinstance(KINDS[name], UnionType) else (KINDS[name],)
-    if choices := FIELDS[name].metadata.get("choices") or CHOICES.get(name, "").split():
-        return next(choice for choice in choices if choice != default)
-    if name.endswith("_kwargs"):
-        return {"a": -1, "b": {"c": [True, None, "1"]}}
-    for kind, value in ((bool, not default), (str, "x=y -z"), (float, 0.25), (int, 3)):
-        if kind in kinds:
-            return value
-    return [0.5, 2, -1e-5] if list[float] in kinds else ["a", "b c"]
-
-
-def test_constants_yaml_and_flags_give_equal_values_for_every_setting(tmp_path):
-    """In a class with all fields, but without the checks of their combinations."""
-    fields = [f for name, f in FIELDS.items() if name not in ODD and name not in REFUSED]
-    keep = ("default", "default_factory", "metadata")
-    made = [dataclasses.field(**{key: getattr(f, key) for key in keep}) for f in fields]
-    named = [(f.name, KINDS[f.name], field) for f, field in zip(fields, made, strict=True)]
-    plain = dataclasses.make_dataclass("Plain", named)
-    values = {f.name: sample(f.name) for f in fields}
-    flags = []
-    for name, value in values.items():
-        texts = list(map(str, value)) if isinstance(value, list) else [str(value)]
-        texts = [json.dumps(value)] if isinstance(value, dict) else texts
-        flags += [f"--{name}", *texts] if isinstance(value, list) else [f"--{name}={texts[0]}"]
-    (tmp_path / "all.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    script = {name: vars(grpo_demo)[name] for name in ("__file__", "__doc__")}
-    config = ["--config", str(tmp_path / "all.yaml")]
-    constants = {name.upper(): value for name, value in values.items()}
-    (wanted,) = HfArgumentParser(plain).parse_dict(values)
-    for argv, more in ((flags, {}), (config, {}), ([], constants)):
-        (found,) = settings.read(argv, script | more, (plain,))
-        assert vars(found) == vars(wanted)
-    assert len(values) > 200 and all(values[f.name] != f.default for f in fields)
+@pytest.mark.parametrize("way", ["flags", "YAML", "constants"])
+def test_constants_yaml_and_flags_give_equal_values(tmp_path, monkeypatch, way):
+    argv = ["--use_cpu"]
+    if way == "flags":
+        argv += [text for name, words, *_ in VALUES for text in (f"--{name}", *words.split("|"))]
+    elif way == "YAML":
+        text = "".join(f"{name}: {written}\n" for name, _, written, _ in VALUES)
+        (tmp_path / "all.yaml").write_text(text)
+        argv += ["--config", str(tmp_path / "all.yaml")]
+    else:
+        for name, _, written, _ in VALUES:
+            monkeypatch.setattr(grpo_demo, name.upper(), yaml.safe_load(written), raising=False)
+    args, model_args = parse_args(argv)
+    found = vars(args) | vars(model_args)
+    for name, *_, value in VALUES:
+        assert found[name] == value and type(found[name]) is type(value), name
+    assert isinstance(args.generation_kwargs["temperature"], float)  # transformers refuses 1
 
 
 def test_of_constants_yaml_files_and_flags_the_last_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("use_cpu: true\nlearning_rate: 1e-4\nbeta: 0.1\ntop_k: 3\n")
-    (tmp_path / "b.yaml").write_text("beta: 0.3\nsave_total_limit: null\ndataset_name: ~/x\n")
+    (tmp_path / "b.yaml").write_text("beta: 0.3\nsave_total_limit: null\ndataset_name: x\n")
     monkeypatch.setattr(grpo_demo, "SEED", 3 + 4)  # constants edited by a learner
     monkeypatch.setattr(grpo_demo, "TOP_K", 9)
     monkeypatch.setattr(grpo_demo, "MY_FOLDER", "x", raising=False)
     flags = ["--beta", "0.2", "--config=~/b.yaml", "--use_peft", "--lora-r", "8", "--no_evaluate"]
     args, model_args = parse_args(["--config", str(tmp_path / "a.yaml"), *flags])
     assert (args.learning_rate, args.beta, args.seed, args.top_k) == (1e-4, 0.2, 7, 3)
-    assert (args.save_total_limit, args.dataset_name) == (None, f"{tmp_path}/x")
+    assert (args.save_total_limit, args.dataset_name) == (None, "x")
     assert (model_args.use_peft, model_args.lora_r, args.evaluate) == (True, 8, False)
-
-
-def test_values_that_yaml_reads_otherwise(tmp_path):
-    text = "run_name: 2024-01-01\nlearning_rate: 1e-5\nevaluate: no\nreport_to: none\nproject: 7\n"
-    text += "reward_weights: [1e-1, 2, 3, 4, -1e-5]\noptim_target_modules: [a]\n"
-    text += "generation_kwargs: {temperature: 1, min_p: 0.1}\n"
-    text += "chat_template_kwargs: {date: '2024', a: true}\n"
-    wanted = {"run_name": "2024-01-01", "learning_rate": 1e-5, "evaluate": False, "report_to": []}
-    wanted |= {"project": "7", "reward_weights": [0.1, 2.0, 3.0, 4.0, -1e-5]}
-    wanted |= {"optim_target_modules": ["a"], "chat_template_kwargs": {"date": "2024", "a": True}}
-    wanted["generation_kwargs"] = {"temperature": 1.0, "min_p": 0.1}
-    (tmp_path / "mine.yaml").write_text(text)
-    args, _ = parse_args(["--use_cpu", "--config", str(tmp_path / "mine.yaml")])
-    for name, value in wanted.items():
-        assert getattr(args, name) == value and type(getattr(args, name)) is type(value), name
-    assert isinstance(args.generation_kwargs["temperature"], float)  # transformers refuses 1
 
 
 MISTAKES = """
@@ -163,7 +127,6 @@ MISTAKES = """
     --generation_kwargs {"seed":1}         | seed
     --chat_template_kwargs x               | --chat_template_kwargs x
     --optim adamw_bnb_8bit                 | --optim
-    --lr_scheduler_type cosine_with_min_lr | --lr_scheduler_type
     --save_total_limit 0                   | --save_total_limit 0
     --data_seed 7                          | --seed
     --push_to_hub                          | hf upload
@@ -221,12 +184,7 @@ def test_a_mistake_in_yaml_names_file_and_key_and_one_in_a_constant_its_name(
 
 
 def test_settings_made_in_python_are_checked_too():
-    for name, value in {
-        "beta": -1,
-        "print_steps": -1,
-        "push_to_hub": True,
-        "loss_type": "x",
-    }.items():
+    for name, value in (("beta", -1), ("loss_type", "x")):
         with pytest.raises(UserError, match=f"--{name}"):
             DemoConfig(use_cpu=True, **{name: value})
 

@@ -1,7 +1,6 @@
 """What a run shows and keeps in W&B: watched rewards, warnings, NaN, runs that follow another."""
 
 import functools
-import json
 import re
 import signal
 import subprocess
@@ -11,13 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LAPTOP, ROOT, command, run, series, wandb_rows
+from conftest import LAPTOP, ROOT, run, series, wandb_rows
 from safetensors.torch import load_file
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name
 
 import grpo_demo
 import rewards
-from assets import watch
 
 SMALL = (*LAPTOP, "--evaluate", "False", "--per_device_train_batch_size", 8, "--num_generations", 4)
 SMALL = (*SMALL, "--max_completion_length", 8, "--save_strategy", "no")
@@ -48,34 +46,18 @@ KINDS += [lambda **kwargs: list(torch.tensor(lengths(**kwargs)))]
 
 @pytest.mark.parametrize("function", KINDS, ids=range(len(KINDS)))
 def test_every_kind_of_reward_keeps_its_name_and_values(function):
-    watched = watch.watch_reward(function)
-    assert get_callable_name(watched) == get_callable_name(function)
-    assert is_async_callable(watched) == is_async_callable(function)
-    (values,) = rewards.try_rewards([watched]).values()
-    assert values == [0.25 * len(text) for _, text, _ in rewards.EXAMPLES]
+    ((name, values),) = rewards.try_rewards([function]).items()
+    assert name == get_callable_name(function)
+    assert list(values) == [0.25 * len(text) for _, text, _ in rewards.EXAMPLES]
 
 
-def test_a_reward_that_edits_its_texts_is_alone_with_them():
-    def edit(prompts, completions, answer, **kwargs):
-        prompts[0][0]["content"] = completions[0][0]["content"] = answer[0] = "edited"
-        return [1.0]
+def test_a_reward_that_edits_its_texts_is_refused():
+    def edit(completions, **kwargs):
+        completions[0][0]["content"] = "edited"
+        return lengths(completions)
 
-    given_to = {"prompts": messages("q"), "completions": messages("a"), "answer": ["18"]}
-    before = json.dumps(given_to)
-    assert watch.watch_reward(edit)(**given_to) == [1.0] and json.dumps(given_to) == before
-
-
-def test_a_reward_that_is_not_finite_is_named_once(capsys):
-    values = [None, float("nan"), float("-inf"), 0.1, -63.9, 1e300]
-
-    def odd(completions, **kwargs):
-        return values
-
-    watched = watch.watch_reward(odd)
-    for _ in range(2):
-        assert repr(watched(completions=messages(*"abcdef"))) == repr(values)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "odd" in line and "'b'" in line
+    with pytest.raises(ValueError, match="edit"):
+        rewards.try_rewards([edit])
 
 
 @pytest.fixture
@@ -99,12 +81,12 @@ def constant(value: float):
     return reward
 
 
-@pytest.mark.parametrize("weights", [[], ["--reward_weights", *[0.3] * 5]])
-def test_equal_rewards_leave_the_weights_untouched_and_are_warned_of(train, tmp_path, weights):
-    constants = [constant(value) for value in (0.7, 0.1, 1.476)]
+def test_equal_rewards_leave_the_weights_untouched_and_are_warned_of(train, tmp_path):
+    constants = [constant(value) for value in (0.7, 0.1, 1.476, float("nan"))]
     exact = ("--beta", 0, "--weight_decay", 0, "--learning_rate", 0.1, "--warmup_steps", 0)
     exact += ("--per_device_train_batch_size", 12, "--num_generations", 12)  # rounds in float32
-    shown = train([*constants, *FORMATS], "--max_steps", 21, *exact, *weights, out="it's a run")
+    exact += ("--reward_weights", *[0.3] * 6)
+    shown = train([*constants, *FORMATS], "--max_steps", 21, *exact, out="it's a run")
     out = tmp_path / "it's a run"
     before, after = (load_file(p / "model.safetensors") for p in (ROOT / "assets/tiny", out))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -112,7 +94,8 @@ def test_equal_rewards_leave_the_weights_untouched_and_are_warned_of(train, tmp_
     assert series(rows, "train/frac_reward_zero_std") == [1.0] * 21
     found = re.findall(r"(?m)^warning: step (\d+): (.*)$", shown.err)
     steps = {text: int(step) for step, text in found}
-    assert sorted(steps.values()) == [1, 20, 20]  # cut off; equal rewards; no format
+    assert sorted(steps.values()) == [1, 1, 20, 20]  # NaN; cut off; equal rewards; no format
+    assert sum("always_nan" in text for text in steps) == 1
     texts = pd.read_parquet(out / "completions/completions_00020.parquet")["text"]
     ends = {repr(part) for text in texts for part in (text[:12], text[-12:])}
     assert [sum(end in text for end in ends) >= 2 for text in steps].count(True) == 1
@@ -144,26 +127,13 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing_more(tmp_path):
     done = run(*SMALL, *wild, *saved, "--output_dir", out)
     assert done.returncode == 1 and done.stderr.count("not finite") == 1, done.stderr[-2000:]
     assert not (out / "model.safetensors").exists()
-    assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-1"]  # rate 0
-    kept = load_file(out / "checkpoint-1/model.safetensors").values()
-    assert all(value.isfinite().all() for value in kept)
+    saved = [*out.glob("checkpoint-*/model.safetensors")]  # of step 1, with rate 0, and step 2
+    assert len(saved) == 2 and all(x.isfinite().all() for f in saved for x in load_file(f).values())
 
 
-@pytest.mark.parametrize("off", [{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}])
-def test_wandb_is_off_when_the_environment_says_so(tmp_path, off):
+def test_wandb_is_off_when_the_environment_says_so(tmp_path):
     key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = run(*SMALL, "--max_steps", 1, "--output_dir", tmp_path / "run", env=key | off)
-    assert done.returncode == 0 and not list(tmp_path.rglob("*.wandb")), done.stderr[-2000:]
-
-
-def test_name_and_folder_of_the_environment_and_a_terminal_that_lacks_a_character(tmp_path):
-    (tmp_path / "there").mkdir()
-    rows = [json.dumps({"question": f"{i} \u2014 \u20ac?", "answer": "#### 1"}) for i in range(8)]
-    (tmp_path / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    env = {"WANDB_NAME": "mine", "WANDB_DIR": str(tmp_path / "there"), "LC_ALL": "C"}
-    env |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    flags = ("--max_steps", 1, "--dataset_name", tmp_path, "--output_dir", tmp_path / "run")
-    done = command(*SMALL, *flags, env=env)
-    assert done.returncode == 0 and "1/1" in done.stdout and " ? ??" in done.stdout
-    (file,) = tmp_path.rglob("*.wandb")
-    assert file.is_relative_to(tmp_path / "there") and b"mine" in file.read_bytes()
+    for number, off in enumerate([{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}]):
+        flags = ("--max_steps", 1, "--beta", 0, "--output_dir", tmp_path / f"{number}")
+        done = run(*SMALL, *flags, env=key | off)
+        assert done.returncode == 0 and not list(tmp_path.rglob("*.wandb")), done.stderr[-2000:]

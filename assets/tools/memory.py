@@ -1,7 +1,7 @@
 """Will it fit? The peak GPU memory of a training step, computed without a GPU and without weights.
 
-    python grpo_demo.py --estimate_memory           # Qwen2.5-1.5B, the script's defaults
-    python grpo_demo.py --estimate_memory --model_name_or_path DIR --max_completion_length 512
+    python -m assets.tools.memory           # Qwen2.5-1.5B, the script's defaults
+    python -m assets.tools.memory --model_name_or_path DIR --max_completion_length 512
 
 Runs the real model, TRL's scoring, backward and AdamW on tensors that have a shape but no data
 (torch's FakeTensorMode), and adds up what is alive. Prompts and completions have their maximum
@@ -15,6 +15,7 @@ free for them. Linear attention runs PyTorch's own code, which may hold more tha
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -33,7 +34,8 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-from assets.settings import UserError, as_user_error, print_once
+from assets.settings import UserError, as_user_error, exit_on_error, print_once
+from grpo_demo import parse_args
 
 CARDS = (16, 24, 48, 80)  # GB; each has settings in assets/cards
 USABLE = 0.9  # of a card: the rest is for what is not counted
@@ -205,7 +207,7 @@ def peaks(
 
 
 def report(args: GRPOConfig, model_args: ModelConfig) -> None:
-    """Print the table of `--estimate_memory`, what fits each card, and each card's file."""
+    """Print the table, what fits each card, and each card's file."""
     if args.use_vllm:
         raise UserError("not estimated with vLLM: add --use_vllm False; vLLM's share is on top")
     if args.optim != "adamw_torch" or model_args.load_in_4bit:
@@ -248,3 +250,13 @@ def show_fits(largest: dict[str, dict[int, int]]) -> None:
     print_once()
     for title, cells in table.items():
         print_once(f"{title:<40}" + "".join(f" {cell:>9}" for cell in cells))
+
+
+def main(argv: list[str]) -> None:
+    """Estimate for the flags of grpo_demo.py."""
+    with exit_on_error():
+        report(*parse_args([*argv, "--use_cpu"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,10 +5,11 @@ import math
 from assets.evaluate import mean_interval
 
 
-def report(sampled: dict[str, list[dict]], n: int) -> tuple[dict, list[str], str]:
-    """Return summary, lines and sentence of n sampled answers a question; name -> answers."""
+def report(sampled: dict[str, list[dict]], n: int) -> tuple[dict, str]:
+    """Return a summary of n sampled answers a question, and it as text; name -> answers."""
     passed = {name: summarize_samples(answers, n) for name, answers in sampled.items()}
-    return passed, table(passed), explain(passed) if len(passed) == 3 else ""
+    lines = table(passed) + ([explain(passed)] if len(passed) == 3 else [])
+    return passed, "\n".join(lines)
 
 
 def pass_at_k(k: int, n: int, right: int) -> float:
