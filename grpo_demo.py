@@ -156,7 +156,7 @@ class DemoConfig(GRPOConfig):
         settings.check_values(self)
         if not self.use_cpu and not torch.cuda.is_available():
             raise UserError("no CUDA GPU found: on a laptop add --config assets/tiny/config.yaml")
-        if self.bf16 and not (self.use_cpu or torch.cuda.is_bf16_supported(False)):  # emulated
+        if self.bf16 and not (self.use_cpu or torch.cuda.is_bf16_supported(False)):  # no emulation
             raise UserError("the GPU has no bf16: add --config assets/cards/16gb.yaml")
         super().__post_init__()
         settings.check_tools(self)

@@ -33,6 +33,7 @@ CHOICES = {
     "importance_sampling_level": "token sequence",
     "save_strategy": "no steps epoch",  # the best would be that on the test questions
 }
+UNSET = {("max_steps", -1), ("local_rank", -1)}
 SAMPLING = "temperature top_p top_k min_p repetition_penalty"  # what --generation_kwargs may have
 ADVICE = {  # pattern of a library's error: what to do. inline_container, iostream: of torch.save
     "out of memory|can't allocate memory": "out of memory: try --gradient_checkpointing True, then "
@@ -163,7 +164,7 @@ def check_values(args: object) -> None:
     for name, value in list(vars(args).items()):
         if value and name in NOT_SUPPORTED.split():
             raise UserError(f"--{name}: not supported; use --seed, hf upload, or the same command")
-        number = isinstance(value, int | float) and value != getattr(type(args), name, None)
+        number = isinstance(value, int | float) and (name, value) not in UNSET
         if number and not (0 < value < math.inf or (value == 0 and name not in NOT_ZERO.split())):
             raise UserError(f"--{name} {value}: it must be a positive number")
         if name in CHOICES and value not in CHOICES[name].split():

@@ -114,8 +114,7 @@ def check_model(args, model, tokenizer, prompt: list[dict], rows) -> None:
         turn = tokenizer.apply_chat_template(prompt[:3], **options)
     check_stops(model, tokenizer, *turn.rpartition(prompt[2]["content"].rstrip())[::2])
     check_tokens(tokenizer, prompt, show(prompt))
-    ids = tokenizer(show(rows["prompt"][:]), add_special_tokens=False)["input_ids"]
-    lengths = [*map(len, ids)]
+    lengths = [*map(len, tokenizer(show(rows["prompt"][:]), add_special_tokens=False).input_ids)]
     if long := sum(n > args.max_prompt_length for n in lengths):
         over = f"{long} of {len(lengths)} prompts have over {args.max_prompt_length} tokens"
         print_error(f"warning: {over} (up to {max(lengths)}); they are kept whole")

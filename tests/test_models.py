@@ -243,11 +243,14 @@ def test_a_model_with_absolute_positions_is_refused(tmp_path):
         prepare(other_architecture(tmp_path, "gpt2", **sizes))
 
 
-def test_an_adapter_without_its_base_is_refused(tmp_path):
+def test_an_adapter_without_its_base_or_with_another_is_refused(tmp_path):
     folder, file = tmp_path / "lora/out", tmp_path / "lora/out/adapter_config.json"
     prepare(make_model(tmp_path / "lora", eos_token=END, stops=END), "--use_peft").save_model()
     config = json.loads(file.read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute()
+    file.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    with pytest.raises(UserError, match="beta"):
+        prepare(folder)
     file.write_text(json.dumps(config | {"base_model_name_or_path": "models/nowhere"}))
     with pytest.raises(UserError, match="adapter's base"):
         prepare(folder)
