@@ -96,11 +96,11 @@ class Watch(TrainerCallback):
 
 def open_run(args: GRPOConfig, config: dict, run_id: str) -> None:
     """Open the W&B run on the first process; offline without a key or a server."""
-    off = "wandb" not in args.report_to or getenv("WANDB_DISABLED") in ("1", "true", "True")
-    if off or args.process_index:
+    if "wandb" not in args.report_to or args.process_index:
         return
-    online = wandb.login(prompt=False, verify=False)
-    mode = getenv("WANDB_MODE") or ("online" if online else "offline")
+    off = getenv("WANDB_DISABLED") in ("1", "true", "True")  # transformers no longer reads it
+    online = not off and wandb.login(prompt=False, verify=False)
+    mode = "disabled" if off else getenv("WANDB_MODE") or ("online" if online else "offline")
     settings = wandb.Settings(run_id=run_id, resume="allow", silent=True)
     with as_user_error("WANDB_PROJECT or --project"):
         settings.project = getenv("WANDB_PROJECT", args.project)

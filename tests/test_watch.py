@@ -135,5 +135,5 @@ def test_wandb_is_off_when_the_environment_says_so(tmp_path):
     key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     for number, off in enumerate([{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}]):
         flags = ("--max_steps", 1, "--beta", 0, "--output_dir", tmp_path / f"{number}")
-        done = run(*SMALL, *flags, env=key | off)
+        done = run(*SMALL, *flags, env=key | off | {"WANDB_DIR": str(tmp_path)})
         assert done.returncode == 0 and not list(tmp_path.rglob("*.wandb")), done.stderr[-2000:]
