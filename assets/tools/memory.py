@@ -182,16 +182,13 @@ def peaks(
     sizes  micro-batches; without them the powers of two that divide the step, and the setting
     enough  bytes: larger micro-batches than the first that takes more are left out
     """
-    own = args.per_device_train_batch_size
-    calls = {"generation": own * args.steps_per_generation}  # completions in a generate call
-    if args.evaluate:
-        calls["evaluation"] = args.per_device_eval_batch_size
-    if not sizes:
-        sizes = sorted({2**k for k in range(10) if calls["generation"] % 2**k == 0} | {own})
+    own, evaluated = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    sampled = own * args.steps_per_generation  # completions in a generate call
+    sizes = sizes or sorted({2**k for k in range(10) if sampled % 2**k == 0} | {own})
+    larger = "evaluation" if args.evaluate and evaluated > sampled else "generation"
     with cuda_kernels(), FakeTensorMode(), Memory() as memory:
-        step, peak = Step(config, args, model_args), {}
-        for name, n in calls.items():
-            peak[name] = memory.of(step.generate, n)
+        step = Step(config, args, model_args)
+        peak = {larger: memory.of(step.generate, max(sampled, args.evaluate * evaluated))}
         step.fill_gradients()
         peak["optimizer"] = memory.of(step.update)
         step.fill_gradients()
