@@ -10,7 +10,7 @@ Each constant below, but the prompt's texts, is also a flag and a YAML key (`--c
 lower case; so is each field of TRL's GRPOConfig and ModelConfig.
 
 The training step is the gist's (assets/notes/differences.md). README says what it computes;
-TRL does so in GRPOTrainer._compute_loss, and tests/test_step.py writes it out without TRL.
+TRL does so in trl.GRPOTrainer._compute_loss; tests/test_step.py writes it out without TRL.
 """
 
 import glob
@@ -41,8 +41,8 @@ PER_DEVICE_TRAIN_BATCH_SIZE = 1  # completions per backward pass; 1 fits 24 GB, 
 GRADIENT_ACCUMULATION_STEPS = 64  # batch size x this = 64 completions a step; keep the product
 GRADIENT_CHECKPOINTING = False  # True: same numbers, less memory, slower
 MAX_COMPLETION_LENGTH = 786  # tokens; a longer answer is cut and loses its closing tags
-TEMPERATURE = 1.0  # divides the logits in the loss; does not change sampling
-GENERATION_KWARGS = {"temperature": 0.9}  # of sampling
+TEMPERATURE = 1.0  # divides the logits in the loss; sampling has the next line
+GENERATION_KWARGS = {"temperature": 0.9}  # of sampling, as in the gist, whose loss has none
 TOP_K = 50  # transformers' default at the time (Qwen's own file says 20)
 TOP_P = 1.0  # off, as in the gist (Qwen's own file says 0.8)
 REPETITION_PENALTY = 1.0  # off, as in the gist (Qwen's own file says 1.1)
@@ -52,11 +52,11 @@ BETA = 0.04  # weight of the KL penalty (TRL's default is now 0)
 LOSS_TYPE = "grpo"  # mean over each completion's tokens, then over completions
 SCALE_REWARDS = "group"  # divide advantages by the group's standard deviation
 USE_BIAS_CORRECTION_KL = False  # plain k3 estimator of the KL (TRL's default is now True)
-VLLM_IMPORTANCE_SAMPLING_CORRECTION = False  # True would weight by p(1.0) / p(0.9, top 50)
+VLLM_IMPORTANCE_SAMPLING_CORRECTION = False  # True: tokens weighted by p(loss) / p(vLLM)
 
 # Optimizer
 OPTIM = "adamw_torch"  # AdamW
-LEARNING_RATE = 5e-6  # peak
+LEARNING_RATE = 5e-6  # peak; the gist's, for all weights (cards with LoRA: 1e-4)
 ADAM_BETA1 = 0.9  # decay of the mean of gradients
 ADAM_BETA2 = 0.99  # decay of the mean of squared gradients
 WEIGHT_DECAY = 0.1  # on matrices, not on norms and biases
@@ -215,7 +215,7 @@ def get_gsm8k_questions(split="train", name=DATASET_NAME, config=DATASET_CONFIG,
     after `####` are left out and named in a warning. ValueError if no row is left.
     """
     raw = read_split(name, config, split)
-    kinds = {name: str(kind) for name, kind in raw.features.items()}
+    kinds = {name: str(kind) for name, kind in raw.features.items()}  # as in "Value('string')"
     if missing := {"question", "answer"} - {x for x, kind in kinds.items() if "string')" in kind}:
         names = ", ".join(sorted(missing))
         raise ValueError(f"no column of texts {names} in {', '.join(raw.column_names)}"[:300])
@@ -226,7 +226,7 @@ def get_gsm8k_questions(split="train", name=DATASET_NAME, config=DATASET_CONFIG,
     rows = []
     for row in raw.remove_columns(left_out):
         question, (_, mark, end) = row["question"], (row["answer"] or "").rpartition("####")
-        number = rewards.as_number(end) if mark else None  # none in 38,5: the gist reads 385
+        number = rewards.as_number(end) if mark else None  # None for 38,5: the gist reads 385
         if question and number is not None:
             gold = rewards.extract_hash_answer(mark + end)
             gold = str(number) if number.denominator == 1 else gold  # 45.0 is 45
@@ -287,7 +287,7 @@ def build_trainer(args: DemoConfig, model_args: ModelConfig, rows: Dataset) -> G
     check_model(args, model, tokenizer, make_prompt(rows["question"][0], one_shot=True), rows)
     if model_args.model_revision != "main":  # TRL loads the reference model by name
         args.model_init_kwargs = {"revision": model_args.model_revision}
-    args.reward_weights = [*args.reward_weights, 0.0]  # the last function only logs
+    args.reward_weights = [*args.reward_weights, 0.0]  # of lenient_accuracy, which is only logged
     with as_user_error("TRL refuses these settings"):
         trainer = GRPOTrainer(
             model=model,
@@ -338,7 +338,7 @@ def train(args: DemoConfig, model_args: ModelConfig) -> None:
         if args.evaluate:
             evaluation.evaluate(trainer, "before_zero_shot", one_shot=False)
             evaluation.evaluate(trainer, "before_one_shot", one_shot=True)
-        with suppress(StopIteration):  # it was stopped after its last step
+        with suppress(StopIteration):  # of StopAndResume: no step is left
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if args.evaluate:

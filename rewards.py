@@ -29,9 +29,9 @@ def extract_hash_answer(text: str) -> str | None:
 
 
 def count_xml(text: str) -> float:
-    """Return 0.125 for each tag, minus 0.002 per character after `\\n</answer>\\n` (or of all)."""
+    """Return 0.125 for each tag, minus 0.002 per character after `\\n</answer>\\n`."""
     count = 0.125 * sum(text.count(tag) == 1 for tag in ("<reasoning>\n", "\n</reasoning>\n"))
-    if text.count("\n<answer>\n") == 1:  # without the final newline, the split returns all
+    if text.count("\n<answer>\n") == 1:  # without the final newline, 0.001 for all characters
         count = count + 0.125 - len(text.split("\n</answer>\n")[-1]) * 0.001
     if text.count("\n</answer>") == 1:
         count = count + 0.125 - (len(text.split("\n</answer>")[-1]) - 1) * 0.001
@@ -73,7 +73,7 @@ REWARD_FUNCS = [
     simple_correctness_reward_func,
 ]
 
-# Typeset -> plain, in this order; last: exponents of units, full hours, decimal commas
+# To measure only. Typeset -> plain, in order; last: exponents of units, full hours, decimal commas
 PLAIN = {r"[−–‒‑]|\b(?i:negative|minus) (?=[$\d])": "-", r"\\!|\{(?=[,.]\})|(?<=\{[,.])\}": ""}
 PLAIN |= {r"\{\\,\}|\\[,;: ]|[~\u00a0\u2007\u2009\u202f]": " ", "= - ": "= -", "<sup>": "^"}
 PLAIN |= {r"\\?[$€£¥₹]": "$", r"\\times|\\cdot|×": "*", r"\\div|[÷⁄]": "/", r"\\sqrt\{": "√"}
@@ -110,7 +110,7 @@ def as_number(text: str) -> Fraction | None:
 
 
 def final_number(text: str) -> str:
-    """Return the number in the last `<answer>`, else a box, after `####`, `answer is`, or last."""
+    """Return the final number. The text is narrowed to `<answer>`, a box, `####`, `answer is`."""
     marked = False
     for typeset, typed in PLAIN.items():
         text = re.sub(typeset, typed, text)

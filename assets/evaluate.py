@@ -104,7 +104,7 @@ class Evaluation:
         if len(measured) == 3:
             *untrained, after = self.answers.values()
             before, control = untrained[:: -1 if "after_one_shot" in measured else 1]
-            result |= decide(before=before, control=control, after=after)
+            result |= decide_verdict(before=before, control=control, after=after)
         print_once(f"\n{show(result)}")
         if n := self.args.eval_generations:
             from assets.tools import pass_at_k
@@ -148,7 +148,7 @@ def paired_interval(measure: str, before: list[dict], after: list[dict]) -> dict
     return {"value": sum(changes) / n, "n": n, "low": low, "high": high}
 
 
-def decide(*, before: list[dict], control: list[dict], after: list[dict]) -> dict:
+def decide_verdict(*, before: list[dict], control: list[dict], after: list[dict]) -> dict:
     """Divide the gain in strict accuracy from `before`, untrained; `control` has the other prompt.
 
     Reasoning is the gain in lenient accuracy over the better untrained prompt, format is the rest.

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo_demo
 from assets import evaluate
-from assets.evaluate import Evaluation, decide, generate, mean_interval, paired_interval
+from assets.evaluate import Evaluation, decide_verdict, generate, mean_interval, paired_interval
 from assets.tools import pass_at_k
 from rewards import score
 
@@ -56,7 +56,7 @@ def test_the_verdict_on_planted_models():
     for before, control, after, verdict, reasoning in PLANTED:
         rows = {"before": before, "control": control, "after": after}
         rows = {name: planted(*model[:2], 1, *model[2:]) for name, model in rows.items()}
-        result = decide(**rows)
+        result = decide_verdict(**rows)
         gain, (value, low, high) = result["gain"], numbers(result["gain"]["reasoning"])
         assert result["verdict"] == verdict
         assert low < value < high and low < reasoning < high and (value == 0) == (reasoning == 0)
@@ -206,7 +206,7 @@ def test_report_and_what_it_shows(tmp_path, trained):
         shares = [mean_interval([row[x] for row in rows], True) for x in evaluate.MEASURES[:-1]]
         assert [*measured[name].values()][:-1] == shares
     before, control = (zero, one) if trained == "zero_shot" else (one, zero)
-    assert decide(before=before, control=control, after=after).items() <= result.items()
+    assert decide_verdict(before=before, control=control, after=after).items() <= result.items()
 
     gain = result["gain"]
     wanted = [numbers(gain[name]) for name in (*evaluate.GAINS, "reasoning")]

@@ -26,10 +26,11 @@ LAPTOP = {f"seed {seed}": f"laptop-{seed}" for seed in (42, 1, 2)}
 HALF = {"seed 42": "qwen-half-b"}  # Qwen2.5-Coder-0.5B
 HALF_KL = {"seed 42": "qwen-vllm"}  # 0.5B with the KL penalty, fewer completions, pass@k
 QWEN = {"seed 42": "qwen-1.5b"}  # the gist's size
-MODELS = {"laptop, mean of 3 seeds": LAPTOP, "Qwen2.5 0.5B": HALF, "Qwen2.5 1.5B": QWEN}
+MODELS = {"laptop, mean of 3 seeds": LAPTOP, "Qwen2.5-Coder 0.5B": HALF}
+MODELS |= {"Qwen2.5-Coder 1.5B": QWEN}
 BEFORE, SHOT, AFTER = "before_zero_shot", "before_one_shot", "after_zero_shot"
 MEASURED = {BEFORE: "untrained", SHOT: "untrained, one-shot", AFTER: "trained"}
-FINDING = {"strict_accuracy": [SHOT, AFTER], "lenient_accuracy": [BEFORE, AFTER]}
+FINDING = {"strict_accuracy": [SHOT, AFTER], "lenient_accuracy": [BEFORE, SHOT, AFTER]}
 ALL = ["soft_format", "strict_format", *FINDING, "truncated", "tokens"]
 REWARDS = ["xmlcount", "soft", "strict", "int", "correct"]
 STRICT_FORMAT = "rewards/strict_format_reward_func/mean"
@@ -240,19 +241,19 @@ def cell(name: str, row: str, column: str) -> str:
 
 FINDINGS = """
 qwen_course; strict; first | qwen_course; strict; last | course; strict; first
-course; strict; last | results; due; laptop | results; due; Qwen2.5 0.5B
-results; due; Qwen2.5 1.5B | sizes; strict accuracy, untrained, one; laptop
-sizes; strict accuracy, untrained, one; Qwen2.5 1.5B | sizes; strict accuracy, trained; laptop
-sizes; strict accuracy, trained; Qwen2.5 1.5B | passed; 1; trained, lenient
+course; strict; last | results; due; laptop | results; due; Qwen2.5-Coder 0.5B
+results; due; Qwen2.5-Coder 1.5B | sizes; strict accuracy, untrained, one; laptop
+sizes; strict accuracy, untrained, one; Qwen2.5-Coder 1.5B | sizes; strict accuracy, trained; laptop
+sizes; strict accuracy, trained; Qwen2.5-Coder 1.5B | passed; 1; trained, lenient
 passed; 16; trained, lenient | passed; 1; untrained, one-shot, lenient
 passed; 16; untrained, one-shot, lenient | qwen_passed; 1; trained, lenient
 qwen_passed; 8; trained, lenient | qwen_passed; 1; untrained, one-shot, lenient
-qwen_passed; 8; untrained, one-shot, lenient | sizes; strict format, trained; Qwen2.5 0.5B
+qwen_passed; 8; untrained, one-shot, lenient | sizes; strict format, trained; Qwen2.5-Coder 0.5B
 stops; does not; strict format | stops; does not; soft format
 parts; without correctness; strict accuracy | parts; without correctness; ±
 parts; nothing changed; strict accuracy | parts; correctness only; strict XML
 updates; bfloat16; weights changed | updates; float32; weights changed | time; five; laptop
-time; generate; laptop | time; generate; Qwen2.5 0.5B | time; generate; Qwen2.5 1.5B
+time; generate; laptop | time; generate; Qwen2.5-Coder 0.5B | time; generate; Qwen2.5-Coder 1.5B
 """
 
 
