@@ -99,8 +99,8 @@ def open_run(args: GRPOConfig, config: dict, run_id: str) -> None:
     if "wandb" not in args.report_to or args.process_index:
         return
     off = getenv("WANDB_DISABLED") in ("1", "true", "True")  # transformers no longer reads it
-    online = not off and wandb.login(prompt=False, verify=False)
-    mode = "disabled" if off else getenv("WANDB_MODE") or ("online" if online else "offline")
+    mode = "disabled" if off else wandb.setup().settings.mode  # `wandb offline` counts too
+    ready = mode != "online" or wandb.login(prompt=False, verify=False)  # there is a key
     settings = wandb.Settings(run_id=run_id, resume="allow", silent=True)
     with as_user_error("WANDB_PROJECT or --project"):
         settings.project = getenv("WANDB_PROJECT", args.project)
@@ -110,7 +110,7 @@ def open_run(args: GRPOConfig, config: dict, run_id: str) -> None:
     settings.init_timeout, settings.finish_timeout = 30, 60  # seconds
     settings.x_transaction_log_flush_interval = 0.01  # write at once: a kill loses nothing
     try:
-        wandb.init(config=config, settings=settings, mode=mode)
+        wandb.init(config=config, settings=settings, mode=mode if ready else "offline")
     except wandb.Error as error:
         print_error(f"warning: W&B cannot be reached ({error}); the run is kept offline")
         wandb.teardown()  # it still holds the run's id

@@ -60,7 +60,8 @@ class Job:
         for path in self.logs:
             Path(path).touch()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_API")}
-        arguments = ([*map(str, flags)], clean | (env or {}), self.logs)
+        env = {k: v for k, v in (clean | (env or {})).items() if v is not None}
+        arguments = ([*map(str, flags)], env, self.logs)
         self.process = FORKS.Process(target=child, args=arguments)
         self.process.start()
         self.pid = self.process.pid

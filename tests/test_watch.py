@@ -131,9 +131,12 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing_more(tmp_path):
     assert len(saved) == 2 and all(x.isfinite().all() for f in saved for x in load_file(f).values())
 
 
-def test_wandb_is_off_when_the_environment_says_so(tmp_path):
+def test_wandb_is_off_when_the_environment_or_a_settings_file_says_so(tmp_path):
     key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    for number, off in enumerate([{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}]):
+    (tmp_path / "settings").write_text("[default]\nmode = disabled\n")  # as `wandb disabled`
+    ways = [{"WANDB_DISABLED": "true"}, {"WANDB_MODE": "disabled"}]
+    ways += [{"WANDB_CONFIG_DIR": str(tmp_path), "WANDB_MODE": None}]
+    for number, off in enumerate(ways):
         flags = ("--max_steps", 1, "--beta", 0, "--output_dir", tmp_path / f"{number}")
         done = run(*SMALL, *flags, env=key | off | {"WANDB_DIR": str(tmp_path)})
         assert done.returncode == 0 and not list(tmp_path.rglob("*.wandb")), done.stderr[-2000:]
