@@ -14,7 +14,7 @@ import pytest
 from conftest import LAPTOP, ROOT, command, inspect, series
 from huggingface_hub import ModelCard
 
-from assets.research.record import collect, time_split
+from assets.research.record import collect, time_split, write_record
 from rewards import REWARD_FUNCS
 
 NAMES = [f.__name__ for f in REWARD_FUNCS]
@@ -78,6 +78,18 @@ def test_wandb_holds_everything_over_the_training_step(laptop):
     config = json.dumps(laptop.end["config"])
     for name in ("learning_rate", "beta", "model_name_or_path", "dataset_name", "prompts"):
         assert f'"{name}"' in config, name
+
+
+def test_the_record_of_a_run(laptop, tmp_path):
+    """What the tables and pictures are made from."""
+    assert write_record(laptop.out, tmp_path) == 60
+    record, samples = (
+        json.loads((tmp_path / f"{x}.json").read_text()) for x in ("record", "samples")
+    )
+    settings = {"model_name_or_path": "assets/tiny", "beta": 0.04, "lora_r": "16", "seed": 42}
+    assert settings.items() <= record["settings"].items() and record["resumed"] == 0
+    assert 0.5 < record["moved"]["changed"] <= 1 and len(samples) == 20
+    assert str(laptop.out) in record["command"] and (tmp_path / "evaluation.json").exists()
 
 
 def test_the_time_split_of_a_step(laptop):

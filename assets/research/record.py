@@ -32,11 +32,13 @@ def wandb_files(out: Path) -> list[Path]:
 
 
 def read_wandb(file: Path) -> tuple[list[dict], dict]:
-    """Return the history of a W&B file, a dict a row, and its environment: args, started_at."""
+    """Return the history of a W&B file, a dict a row, and facts: args, started_at, settings."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows, found = [], {}
+    rows, found = [], {"settings": {}}
     for record in map(json.loads, text.splitlines()):
+        config = (record.get("run") or record).get("config", {})  # the script's, transformers' own
+        found["settings"] |= config.get("update", {})
         if record["type"] == "stats":  # a sample each 15 seconds
             memory = record["stats"]["item"].get("proc.memory.rssMB", 0) * 2**20 / 1e9
             found["peak_memory_gb"] = max(memory, found.get("peak_memory_gb", 0))
@@ -152,9 +154,8 @@ def environment() -> dict:
     path = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
     hardware = {"cpu": (models or [platform.processor()])[0], "cores": os.cpu_count()}
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        hardware |= {"gpu": listed.stdout.strip()} if listed.returncode == 0 else {}
+    listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True)
+    hardware |= {"gpu": listed.stdout.strip()} if listed.returncode == 0 else {}
     installed = importlib.metadata.distributions()
     versions = {d.name: d.version for d in installed if d.name in PACKAGES}
     return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
@@ -180,8 +181,7 @@ def write_record(out: Path, folder: Path) -> int:
         "command": " ".join(["python grpo_demo.py", *started.get("args", [])]),
         "date": started.get("started_at", "")[:10],
         **environment(),
-        **{key: started[key] for key in ("seconds", "peak_memory_gb", "resumed")},
-        "settings": json.loads((out / "run.json").read_text(encoding="utf-8"))["settings"],
+        **{key: started[key] for key in ("seconds", "peak_memory_gb", "resumed", "settings")},
     }
     model = Path(record["settings"]["model_name_or_path"])
     if all((place / "model.safetensors").exists() for place in (model, out)):

@@ -74,11 +74,6 @@ def table(titles: list[str], rows: list[list]) -> str:
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells)
 
 
-def average(values: list[float], form: str = "{:.1%}") -> str:
-    """Return a cell: the mean over seeds."""
-    return form.format(mean(values))
-
-
 def spread(values: list[float], form: str) -> str:
     """Return a cell: half of the range over seeds."""
     return form.format((max(values) - min(values)) / 2)
@@ -93,7 +88,7 @@ def results(shown: dict[str, list[str]]) -> str:
             row = [f"{what.replace('_', ' ')}, {MEASURED[when]}"]
             for found in map(runs, MODELS.values()):
                 measured = [run.evaluation["measurements"][when][what]["value"] for run in found]
-                row.append(average(measured, form))
+                row.append(form.format(mean(measured)))
             rows.append(row)
     rows += [["due to reasoning, points"], ["95% interval"], ["test questions"]]
     for columns in MODELS.values():
@@ -114,7 +109,7 @@ def course(columns: dict[str, str]) -> str:
             each = [[step[key] for step in run.metrics] for run in found]
             tens = [[mean(x[i : i + 10]) for i in range(len(x) - 9)] for x in each]
             firsts, highest, lasts = zip(*((x[0], max(x), x[-1]) for x in tens), strict=True)
-            cells = [average(ends, form) for ends in (firsts, highest, lasts)]
+            cells = [form.format(mean(ends)) for ends in (firsts, highest, lasts)]
             rows.append([title, *[*cells, spread(lasts, form)][:shown]])
     return table(["mean of ten steps", *titles[:shown]], rows)
 
@@ -210,7 +205,7 @@ def experiment(name: str) -> str:
         for title, form in shown.items():
             got = [figures(row)[title] for row in seeds]
             plain = form.strip(" ±")
-            both = [average(got, plain), spread(got, plain)] if max(got) < inf else ["–", ""]
+            both = [plain.format(mean(got)), spread(got, plain)] if max(got) < inf else ["–", ""]
             cells += both if "±" in form else both[:1]
         rows.append(cells)
     return table(sum(pairs, first), rows)
